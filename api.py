@@ -44,8 +44,10 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.generation.continuous_batching import cb_logits_processors, requests
+from transformers.generation.continuous_batching import cb_logits_processors
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 import model_download
 
@@ -180,9 +182,6 @@ class ChatRequest(Sampling):
     def turns(self) -> list[Turn]:
         return [*self.history, Turn(role="user", content=self.prompt)]
 
-    def limit(self) -> int | None:
-        return self.max_new_tokens
-
     def answer(self, done: "Answer") -> str:
         now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         history = [*self.turns(), Turn(role="assistant", content=done.text)]
@@ -213,18 +212,6 @@ class OpenAITurn(Strict, extra="ignore"):
         return Turn(role=self.role.replace("developer", "system"), content=text)
 
 
-class Choice(BaseModel):
-    index: Literal[0] = 0
-    message: Turn
-    finish_reason: Finish
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
 class ChatCompletion(BaseModel):
     """The answer of `POST /v1/chat/completions`."""
 
@@ -232,8 +219,8 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[Choice]
-    usage: Usage
+    choices: list[dict[Literal["index", "message", "finish_reason"], Any]]
+    usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
 
 
 Empty = Annotated[list[Any], Field(max_length=0)] | None
@@ -262,7 +249,8 @@ class OpenAIRequest(Sampling, extra="ignore"):
     def turns(self) -> list[Turn]:
         return [message.turn() for message in self.messages]
 
-    def limit(self) -> int | None:
+    @property
+    def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     def answer(self, done: "Answer") -> str:
@@ -310,12 +298,15 @@ class Answer:
         self.text, self.held = "", ""  # held: perhaps the beginning of a stop string
         self.finish_reason: Finish | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.end = asyncio.get_running_loop().create_future()  # its result, or an error
         self.grown = asyncio.Event()  # set for every change, cleared by a stream
         self.started, self.first_token = time.monotonic(), 0.0
 
-    def feed(self, token: bytes) -> None:
-        """Add a token's bytes, up to the first stop string."""
+    def feed(self, token: bytes | None) -> None:
+        """Add the bytes of a token, None for one that ends the answer."""
         self.completion_tokens += 1
+        if token is None:
+            return self.finish("stop")
         text = self.held + self.decoder.decode(token)
         ends = [at for string in self.stop if (at := text.find(string)) >= 0]
         begun = (n for s in self.stop for n in range(len(s)) if text.endswith(s[:n]))
@@ -329,9 +320,14 @@ class Answer:
         if self.finish_reason is None:
             self.finish_reason, self.text = reason, self.text + self.held
 
+    def fail(self, why: str) -> None:
+        if not self.end.done():
+            self.end.set_exception(Unavailable(why))
+
     def usage(self) -> dict[str, int]:
-        counts = self.prompt_tokens, self.completion_tokens
-        return dict(zip(Usage.model_fields, (*counts, sum(counts)), strict=True))
+        used = {"prompt_tokens": self.prompt_tokens}
+        used |= {"completion_tokens": self.completion_tokens}
+        return used | {"total_tokens": sum(used.values())}
 
 
 class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
@@ -349,15 +345,13 @@ class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
         super().__init__(transformers.LogitsProcessorList())
         self.do_processing, self.tensors_required = True, 4  # rows of int32
 
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """The wire format has checked them."""
 
-    def prepare_tensor_args(
-        self, requests_in_batch: list[Any], arg_storage: torch.Tensor
-    ) -> torch.Tensor:
+    def prepare_tensor_args(self, requests_in_batch: list, arg_storage: Tensor) -> None:
         """Millionths of temperature (0 is greedy) and top_p, top_k, key of the noise."""
         states = [r.state for r in requests_in_batch if r.has_new_token]
         for row, state in enumerate(states):
@@ -365,11 +359,8 @@ class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
             # position_offset counts prompt and answer, also after a preemption.
             key = hash((chosen[3], state.position_offset)) & 0x7FFFFFFF
             arg_storage[:, row] = torch.tensor((*chosen[:3], key), dtype=torch.int32)
-        return arg_storage
 
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, args: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, args: Tensor) -> Tensor:
         """scores (rows, vocabulary) float32, args (4, rows) int32."""
         temperature, top_p, top_k, key = args[:, : len(scores), None]
         if scores.device.type == "cpu" and not temperature.any():
@@ -432,9 +423,8 @@ class Engine:
         folder = model_download.DEMO_NAME if settings.demo else settings.model.resolve()
         self.name = settings.served_model_name or Path(folder).name
         self.state: Literal["loading", "ok", "draining"] = "loading"
-        self.ends: dict[str, asyncio.Future[None]] = {}  # of the requests submitted
-        # One thread: a tokenizer changes its own settings while it works.
-        self.tokenizing = ThreadPoolExecutor(1)
+        self.answers: dict[str, Answer] = {}  # those that the engine works on
+        self.tokenizing = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
 
     def load(self) -> None:
         """Load and start the model; takes seconds to minutes."""
@@ -442,28 +432,24 @@ class Engine:
         self.device = pick_device(settings)
         gpu = self.device.type == "cuda"
         # AMX runs bfloat16 twice as fast as float32; other processors are slower.
-        bfloat16 = gpu or torch.cpu._is_amx_tile_supported()
-        dtype = settings.dtype.replace("auto", "bfloat16" if bfloat16 else "float32")
+        fast = "bfloat16" if gpu or torch.cpu._is_amx_tile_supported() else "float32"
+        dtype = settings.dtype.replace("auto", fast)
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, self.device, dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=self.device, attn_implementation="sdpa"
         )
-        self.template = partial(
-            tokenizer.apply_chat_template,
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,  # those inside a message stay text
-        )
+        # Early copies of phi-4 name the wrong end token in their config.
+        vocabulary = self.tokenizer.get_vocab()
+        ends = {vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>")}
+        for named in (model.config.eos_token_id, model.generation_config.eos_token_id):
+            ends.update(named if isinstance(named, list) else [named])
+        self.end_tokens = sorted(ends - {None})
+        self.token_bytes = bytes_of_tokens(self.tokenizer, self.end_tokens)
         self.vocabulary = model.config.vocab_size
-        self.token_bytes = bytes_of_tokens(tokenizer)
         if len(self.token_bytes) > self.vocabulary:
             raise ValueError("the tokenizer has more tokens than the model")
-        # Early copies of phi-4 name the wrong end token in their config.
-        ends = [tokenizer.get_vocab().get(t) for t in ("<|im_end|>", "<|endoftext|>")]
-        for named in (model.config.eos_token_id, model.generation_config.eos_token_id):
-            ends += named if isinstance(named, list) else [named]
-        self.end_tokens = sorted({token for token in ends if token is not None})
         self.rows = settings.max_in_flight or (128 if gpu else 16)
         self.places = asyncio.Semaphore(self.rows)
         page = 256 if gpu else 16  # CUDA's paged attention needs multiples of 256
@@ -487,12 +473,19 @@ class Engine:
         self.manager.start()
         logger.info("loaded in %.1f s", time.monotonic() - started)
 
+    def template(self, turns: list[Turn]) -> list[int]:
+        """Token ids of a conversation. Control tokens inside a message stay text."""
+        messages = [turn.model_dump() for turn in turns]
+        options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
+        return self.tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
     async def run(self) -> None:
         """Load, warm up, then watch: a generation thread that died is started again;
         one that hangs cannot be, so the process ends and its supervisor restarts it."""
         try:
             await asyncio.to_thread(self.load)
-            await self.generate([0], 2, Answer(self.name, None), {})
+            warming = ChatRequest(prompt="Hello", max_new_tokens=2)
+            await self.converse(warming, Answer(self.name, None))
             self.state = "ok" if self.state == "loading" else self.state
             logger.info("ready: %s on %s", self.name, self.device)
             batch, moved = -1, time.monotonic()
@@ -500,7 +493,7 @@ class Engine:
                 await asyncio.sleep(0.1)
                 if not self.alive():
                     await self.revive()
-                elif not self.ends or batch != self.manager.current_batch:
+                elif not self.answers or batch != self.manager.current_batch:
                     batch, moved = self.manager.current_batch, time.monotonic()
                 elif time.monotonic() - moved > self.settings.stall_timeout:
                     raise TimeoutError("no forward pass in --stall-timeout seconds")
@@ -532,9 +525,8 @@ class Engine:
         return "down" if self.state == "ok" and not self.alive() else self.state
 
     def fail_all(self, why: str) -> None:
-        for end in self.ends.values():
-            if not end.done():
-                end.set_exception(Unavailable(why))
+        for answer in self.answers.values():
+            answer.fail(why)
 
     def exit(self, code: int) -> None:
         os._exit(code)  # a thread may hang: there is no ordinary way out
@@ -545,62 +537,77 @@ class Engine:
         if self.manager is not None:
             await asyncio.to_thread(self.manager.stop, True, 15, False, True)
 
-    def allowance(self, prompt: int, wanted: int | None) -> int:
-        """New tokens a prompt may ask for. Raises a 400 that names both numbers."""
-        room = self.capacity - prompt
-        if room < (wanted or 1):
-            need = f"a prompt of {prompt} tokens and {wanted or 'any'} new ones"
-            raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
-        return wanted or min(self.settings.max_new_tokens, room)
+    async def converse(
+        self, body: "ChatRequest | OpenAIRequest", answer: Answer
+    ) -> None:
+        """The one path of a request: admit, template, submit; `answer` grows meanwhile.
+
+        Cancelling it frees its place. What would kill the generation thread is refused
+        here. Raises HTTPException: 400, 503 or 504.
+        """
+        settings = self.settings
+        waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * self.rows
+        if self.pending >= self.rows + waiting:
+            raise Unavailable(f"{self.pending} requests are in flight or waiting")
+        self.pending += 1
+        try:
+            async with asyncio.timeout(settings.request_timeout), self.places:
+                loop = asyncio.get_running_loop()
+                work = loop.run_in_executor(
+                    self.tokenizing, self.template, body.turns()
+                )
+                tokens = await work
+                answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens
+                limit = min(
+                    wanted or settings.max_new_tokens, self.capacity - len(tokens)
+                )
+                if limit < (wanted or 1):
+                    need = f"a prompt of {len(tokens)} tokens and {wanted or 'any'} new ones"
+                    raise HTTPException(
+                        400, f"{need} do not fit in {self.capacity} tokens"
+                    )
+                await self.generate(tokens, limit, answer, body.sampler_arguments())
+        except TimeoutError as error:
+            late = f"not finished after {settings.request_timeout:g} seconds"
+            raise HTTPException(504, late) from error
+        finally:
+            self.pending -= 1
+            answer.grown.set()
 
     async def generate(
         self, tokens: list[int], limit: int, answer: Answer, sampling: dict[str, Any]
     ) -> None:
-        """Let an answer of up to `limit` tokens grow; cancelling this frees its slot.
-
-        What would kill the generation thread is refused here. Raises ValueError for
-        ids outside the vocabulary or more than fit, Unavailable if the thread dies.
-        """
-        if not tokens or min(tokens) < 0 or max(tokens) >= self.vocabulary:
+        if not 0 <= min(tokens, default=-1) <= max(tokens) < self.vocabulary:
             raise ValueError("token ids outside the vocabulary, or none")
-        if limit < 1 or len(tokens) + limit > self.capacity:
+        if len(tokens) + limit > self.capacity:
             raise ValueError("more tokens than the cache holds")
-        request_id = secrets.token_hex(16)  # a second one of the same name would hang
-        end = self.ends[request_id] = asyncio.get_running_loop().create_future()
+        self.answers[answer.id] = answer
         arguments = {"streaming": True, "eos_token_id": self.end_tokens} | sampling
-        receive = partial(self.receive, answer, end)
         try:
-            self.manager.register_result_handler(request_id, receive)
-            if not self.manager.add_request(tokens, request_id, limit, **arguments):
+            receive = partial(self.receive, answer)
+            self.manager.register_result_handler(answer.id, receive)
+            if not self.manager.add_request(tokens, answer.id, limit, **arguments):
                 raise Unavailable("the engine is restarting")
-            await end
+            await answer.end
         finally:
-            del self.ends[request_id]
-            self.forget(request_id)
+            del self.answers[answer.id]
+            self.forget(answer.id)
 
-    def receive(
-        self,
-        answer: Answer,
-        end: asyncio.Future[None],
-        output: requests.GenerationOutput,
-    ) -> None:
+    def receive(self, answer: Answer, output: GenerationOutput) -> None:
         """Bring an answer up to the engine's newest output; on the event loop."""
-        if end.done():
+        if answer.end.done():
             return
         if output.error:
-            return end.set_exception(Unavailable("the engine failed and is restarting"))
+            return answer.fail("the engine failed and is restarting")
         answer.first_token = answer.first_token or time.monotonic()
         for token in output.generated_tokens[answer.completion_tokens :]:
-            answer.feed(self.token_bytes[token])
-            if token in self.end_tokens:
-                answer.finish("stop")
-            if answer.finish_reason:
-                break
+            if answer.finish_reason is None:
+                answer.feed(self.token_bytes[token])
         if output.is_finished():
             answer.finish("length")
         answer.grown.set()
         if answer.finish_reason:
-            end.set_result(None)
+            answer.end.set_result(None)
 
     def forget(self, request_id: str, again: int = 5) -> None:
         """Cancel, more than once: a cancel that overtakes its own add is lost. The
@@ -613,13 +620,16 @@ class Engine:
             self.manager.output_router.result_handlers.pop(request_id, None)
 
 
-def bytes_of_tokens(tokenizer: Any) -> list[bytes]:
-    """The bytes of each token id, none for control tokens. Raises KeyError for a
-    tokenizer that is not byte-level."""
+def bytes_of_tokens(tokenizer: Any, ends: list[int]) -> list[bytes | None]:
+    """The bytes of each token id: none for control tokens, None for the end tokens.
+    Raises KeyError for a tokenizer that is not byte-level."""
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    table, added = [b""] * len(tokenizer), tokenizer.added_tokens_decoder
+    added = tokenizer.added_tokens_decoder
+    table: list[bytes | None] = [b""] * len(tokenizer)
     for token, index in tokenizer.get_vocab().items():
-        if index not in added:
+        if index in ends:
+            table[index] = None
+        elif index not in added:
             table[index] = bytes(byte_of[character] for character in token)
         elif not added[index].special:
             table[index] = token.encode()
@@ -633,42 +643,13 @@ def bytes_of_tokens(tokenizer: Any) -> list[bytes]:
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
-async def converse(engine: Engine, body: Any, answer: Answer) -> None:
-    """The one path of a request: admit, template, submit; `answer` grows meanwhile.
-
-    Raises HTTPException: 400, 503 or 504.
-    """
-    settings = engine.settings
-    waiting = 2 * engine.rows if settings.max_waiting < 0 else settings.max_waiting
-    if engine.status != "ok":
-        raise Unavailable(f"the server is {engine.status}")
-    if engine.pending >= engine.rows + waiting:
-        raise Unavailable(f"{engine.pending} requests are in flight or waiting")
-    engine.pending += 1
-    try:
-        async with asyncio.timeout(settings.request_timeout), engine.places:
-            turns = [turn.model_dump() for turn in body.turns()]
-            loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(engine.tokenizing, engine.template, turns)
-            tokens = (await work)["input_ids"]
-            answer.prompt_tokens = len(tokens)
-            limit = engine.allowance(len(tokens), body.limit())
-            logger.debug("%s asks %s", answer.id, turns)
-            await engine.generate(tokens, limit, answer, body.sampler_arguments())
-            logger.debug("%s is told %r", answer.id, answer.text)
-    except TimeoutError as error:
-        late = f"not finished after {settings.request_timeout:g} seconds"
-        raise HTTPException(504, late) from error
-    finally:
-        engine.pending -= 1
-        answer.grown.set()
-
-
 async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
     """JSON, or a stream once its first token is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
     answer = request.state.answer = Answer(engine.name, body.stop)
-    work = request.state.work = asyncio.create_task(converse(engine, body, answer))
+    if engine.status != "ok":
+        raise Unavailable(f"the server is {engine.status}")
+    work = request.state.work = asyncio.create_task(engine.converse(body, answer))
     ready = asyncio.create_task(answer.grown.wait()) if body.stream else work
     gone = asyncio.create_task(disconnected(request))
     await asyncio.wait({ready, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -766,18 +747,6 @@ class Health(BaseModel):
     device: str
 
 
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["local"] = "local"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
 def problems(model: type[BaseModel]) -> dict[int | str, Any]:
     return {code: {"model": model} for code in (400, 401, 408, 413, 500, 503, 504)}
 
@@ -802,9 +771,10 @@ async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
 
 
 @secured.get("/v1/models")
-async def models(request: Request) -> ModelList:
+async def models(request: Request) -> dict[str, Any]:
     engine: Engine = request.app.state.engine
-    return ModelList(data=[Model(id=engine.name, created=engine.created)])
+    card = {"id": engine.name, "object": "model", "created": engine.created}
+    return {"object": "list", "data": [card | {"owned_by": "local"}]}
 
 
 @public.get("/health", responses={503: {"model": Health}})

@@ -66,7 +66,7 @@ class Running:
         scheduler = self.engine.manager.batch_processor.scheduler
         handlers = self.engine.manager.output_router.result_handlers
         left = (scheduler.active_requests, scheduler.waiting_requests, handlers)
-        return not any(left) and not self.engine.ends and not self.engine.pending
+        return not any(left) and not self.engine.answers and not self.engine.pending
 
 
 @contextlib.contextmanager

@@ -35,9 +35,12 @@ def still_serves(server: Running) -> None:
 
 def generate(server: Running, tokens: list[Any], limit: int = 4) -> api.Answer:
     """Past the wire format, straight to the engine."""
-    done = api.Answer("test", None)
-    server.call(server.engine.generate(tokens, limit, done, {}))
-    return done
+    async def submit() -> api.Answer:
+        done = api.Answer("test", None)
+        await server.engine.generate(tokens, limit, done, {})
+        return done
+
+    return server.call(submit())
 
 
 @contextlib.contextmanager
@@ -46,7 +49,7 @@ def in_flight(server: Running, count: int = 1, **body: Any) -> Iterator[list[Any
     body = {"prompt": "count", "max_new_tokens": 400, **body}
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(server.post, **body) for _ in range(count)]
-        wait_until(lambda: len(server.engine.ends) == count)
+        wait_until(lambda: len(server.engine.answers) == count)
         scheduler = server.engine.manager.batch_processor.scheduler
         wait_until(lambda: len(scheduler.active_requests) == count)
         yield futures
@@ -78,13 +81,14 @@ def engine_answers(server: Running, turns: list[list[dict]], new: int) -> list[l
     engine = server.engine
     receive = engine.receive
 
-    def spy(done: api.Answer, end: Any, output: Any) -> None:
+    def spy(done: api.Answer, output: Any) -> None:
         seen[done.id] = output.generated_tokens
-        receive(done, end, output)
+        receive(done, output)
 
     async def ask(turn: list[dict]) -> list[int]:
         done = api.Answer("test", None)
-        await engine.generate(engine.template(turn)["input_ids"], new, done, {})
+        ids = engine.template([api.Turn(**message) for message in turn])
+        await engine.generate(ids, new, done, {})
         return seen[done.id]
 
     async def all_at_once() -> list[list[int]]:
@@ -282,7 +286,7 @@ def test_request_that_the_dying_thread_never_saw(
     with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(1) as pool:
         patch.setattr(manager, "add_request", lambda tokens, name, *a, **k: name)
         future = pool.submit(fragile.post)
-        wait_until(lambda: fragile.engine.ends)
+        wait_until(lambda: fragile.engine.answers)
         manager.background_thread_status.request_stop(2, 0)
         assert future.result().status_code == 503
     still_serves(fragile)

@@ -1,0 +1,818 @@
+# SPDX-License-Identifier: MIT
+"""Measure this server beside the tutorial's way, over HTTP, in one run.
+
+    python tests/benchmark.py --demo                      16 clients on any machine
+    python tests/benchmark.py --model models/LLM-Research/phi-4 --clients 1,8,32
+    python tests/benchmark.py --random /data/random-phi-4 phi-4's shape, no download
+    python tests/benchmark.py --chart results.json chart.png
+    python tests/benchmark.py --demo -- --batch-tokens 128      settings for api.py
+
+The tutorial's way is one blocking `model.generate` at a time behind FastAPI, in a
+process of its own, in the faster of bfloat16 and float32. Both ways get the same
+prompts and may use the same threads. Answers have exactly --new-tokens tokens: end
+tokens are ignored by both (this server is started by `serve_endless`, below), because
+answers of unequal length cannot be compared. The sampler of the tutorial is greedy.
+
+On a CPU both servers run all the time and take turns; on a GPU, whose memory this
+server fills, one follows the other. The clients need the standard library only and
+are one process; `client_cpu` in the results is the share of a core that it used.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+SEED = 20251122
+READY_SECONDS = 1800  # 29 GB from a slow disk, then compiling
+HEALTH_SECONDS = 0.05  # between two polls of /health
+TUTORIAL, SERVER = "tutorial", "this server"
+# phi-4's config.json, as far as it says what a token costs.
+PHI4 = {
+    "vocab_size": 100352,
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 250000.0},
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "bos_token_id": 100257,
+    "eos_token_id": 100265,
+    "pad_token_id": 100349,
+}
+WORDS = (
+    "time people way water day man thing woman life child world school state family "
+    "house country problem hand part place case week company system program question "
+    "work night point home room mother area money story fact month lot right study "
+    "book eye job word business issue side kind head father service friend power hour "
+    "game line end member law car city name president team minute idea body back"
+).split()
+
+
+class BenchmarkError(Exception):
+    """The measurement cannot be made; the message is for the user."""
+
+
+# ------------------------------------------------------------------------------
+# Clients
+# ------------------------------------------------------------------------------
+
+
+class Connection:
+    """A kept-alive HTTP/1.1 connection: as much of the protocol as this needs, cheap
+    enough for thousands of events a second."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def open(self) -> None:
+        streams = await asyncio.open_connection("127.0.0.1", self.port)
+        self.reader, self.writer = streams
+
+    def close(self) -> None:
+        self.writer.close()
+
+    async def pieces(self, path: str, body: Any = None) -> AsyncIterator[bytes]:
+        """The answer's body as it arrives: each chunk, or all of it at once.
+
+        GET, or POST if there is a body. Raises BenchmarkError unless it is a 200.
+        """
+        data = b"" if body is None else json.dumps(body).encode()
+        self.writer.write(
+            f"{'POST' if data else 'GET'} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            "Content-Type: application/json\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n".encode()
+            + data
+        )
+        head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
+        if length := re.search(rb"\r\ncontent-length: (\d+)", head):
+            piece = await self.reader.readexactly(int(length[1]))
+            if head.split()[1] != b"200":
+                raise BenchmarkError(f"{path} answered {piece.decode()}")
+            yield piece
+        else:
+            while size := int(await self.reader.readline(), 16):
+                yield (await self.reader.readexactly(size + 2))[:-2]
+            await self.reader.readline()
+
+
+@dataclass
+class Answer:
+    """What one client saw of one answer; times in seconds of time.perf_counter."""
+
+    sent: float
+    arrivals: list[float] = field(default_factory=list)  # of its pieces of text
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+    def gaps(self, since: float = 0.0) -> list[float]:
+        """Seconds between its pieces, for those that arrived after `since`."""
+        return [b - a for a, b in pairwise(self.arrivals) if a >= since]
+
+
+async def ask_tutorial(connection: Connection, prompt: str, tokens: int) -> Answer:
+    """The tutorial's contract: everything arrives at the end."""
+    answer = Answer(time.perf_counter(), tokens=tokens)
+    async for _ in connection.pieces("/", {"prompt": prompt, "history": []}):
+        answer.arrivals.append(time.perf_counter())
+    return answer
+
+
+async def ask_server(connection: Connection, prompt: str, tokens: int) -> Answer:
+    """A stream. Pieces are text, so now and then one is of two tokens: those that
+    are parts of one character. Raises BenchmarkError if tokens are missing."""
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    answer = Answer(time.perf_counter())
+    async for piece in connection.pieces("/v1/chat/completions", body):
+        now = time.perf_counter()
+        for line in piece.splitlines():
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise BenchmarkError(f"a stream ended in {event['error']}")
+            if usage := event.get("usage"):
+                answer.tokens = usage["completion_tokens"]
+                answer.prompt_tokens = usage["prompt_tokens"]
+            elif event["choices"][0]["delta"].get("content"):
+                answer.arrivals.append(now)
+    if answer.tokens != tokens or not answer.arrivals:
+        raise BenchmarkError(f"{answer.tokens} tokens came instead of {tokens}")
+    return answer
+
+
+async def poll_health(port: int, waits: list[float]) -> None:
+    """Append the seconds each GET /health takes, until cancelled."""
+    connection = Connection(port)
+    await connection.open()
+    while True:
+        sent = time.perf_counter()
+        try:
+            async for _ in connection.pieces("/health"):
+                pass
+        finally:  # also of the poll that is still waiting at the end
+            waits.append(time.perf_counter() - sent)
+        await asyncio.sleep(HEALTH_SECONDS)
+
+
+# ------------------------------------------------------------------------------
+# The servers under test
+# ------------------------------------------------------------------------------
+
+
+@dataclass
+class Way:
+    """One of the two servers: how it is started and how it is asked."""
+
+    name: str
+    command: list[str]
+    ask: Callable[[Connection, str, int], Any]
+    levels: list[int]  # numbers of clients
+    threads: int
+    port: int = 0
+    pid: int = 0
+    ready_seconds: float = 0.0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Way"]:
+        """Start it and wait until /health is 200; SIGTERM at the end."""
+        self.port, started = free_port(), time.monotonic()
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), self.threads)
+        limits = {name: str(count) for name, count in threads.items() if count}
+        command = [sys.executable, __file__, *self.command, "--port", str(self.port)]
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | limits
+            )
+            self.pid = process.pid
+            try:
+                while not await is_ready(self.port):
+                    late = time.monotonic() - started > READY_SECONDS
+                    if late or process.poll() is not None:
+                        log.seek(0)
+                        raise BenchmarkError(f"{self.name} failed:\n{log.read()}")
+                    await asyncio.sleep(0.1)
+                self.ready_seconds = time.monotonic() - started
+                yield self
+            finally:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    await asyncio.to_thread(process.wait, 60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def is_ready(port: int) -> bool:
+    connection = Connection(port)
+    try:
+        await connection.open()
+        async for _ in connection.pieces("/health"):
+            pass
+    except (OSError, EOFError, BenchmarkError):
+        return False
+    connection.close()
+    return True
+
+
+def peak_memory(pid: int) -> float:
+    """Most GiB that a process and its children have had resident, loading included."""
+    status = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            lines = (folder / "status").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        status[int(folder.name)] = dict(line.split(":", 1) for line in lines)
+    tree = {pid}
+    while more := {p for p in status if int(status[p]["PPid"]) in tree} - tree:
+        tree |= more
+    return sum(int(status[p].get("VmHWM", "0").split()[0]) for p in tree) / 2**20
+
+
+def gpu_memory() -> float | None:
+    """GiB in use on the GPUs, by all processes; None where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return sum(map(float, done.stdout.split())) / 2**10 if not done.returncode else None
+
+
+def serve_tutorial(arguments: list[str]) -> None:
+    """The tutorial's way: a route that blocks while the model writes."""
+    import torch
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--new-tokens", type=int)
+    parser.add_argument("--port", type=int)
+    options = parser.parse_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+
+    def answer(model: Any, turns: list[dict[str, str]], new_tokens: int) -> str:
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(options.device)
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+            )
+        return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+
+    def load(dtype: str) -> tuple[float, Any]:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=dtype, device_map=options.device
+        )
+        model.generation_config.eos_token_id = None
+        question = [{"role": "user", "content": " ".join(WORDS)}]
+        answer(model, question, 2)
+        started = time.perf_counter()
+        answer(model, question, 16)
+        return time.perf_counter() - started, model
+
+    both = ["bfloat16"] if options.device == "cuda" else ["float32", "bfloat16"]
+    dtypes = both if options.dtype == "auto" else [options.dtype]
+    model = min((load(dtype) for dtype in dtypes), key=lambda loaded: loaded[0])[1]
+    app = FastAPI()
+
+    @app.post("/")
+    async def chat(request: Request) -> dict[str, Any]:
+        body = await request.json()
+        turns = [*body["history"], {"role": "user", "content": body["prompt"]}]
+        text = answer(model, turns, options.new_tokens)
+        history = [*turns, {"role": "assistant", "content": text}]
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        return {"response": text, "history": history, "status": 200, "time": now}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok", "dtype": str(model.dtype)}
+
+    uvicorn.run(app, host="127.0.0.1", port=options.port, access_log=False)
+
+
+def serve_endless(arguments: list[str]) -> None:
+    """`python api.py ARGUMENTS` with one difference: no token ends an answer."""
+    import api
+
+    load = api.Engine.load
+
+    def load_endless(engine: Any) -> None:
+        load(engine)
+        engine.end_tokens = [-1]
+
+    api.Engine.load = load_endless
+    sys.argv = ["api.py", *arguments]
+    sys.exit(api.main())
+
+
+# ------------------------------------------------------------------------------
+# The machine and the model
+# ------------------------------------------------------------------------------
+
+
+def print_device(_: list[str]) -> None:
+    """Print what the GPU can do, as JSON; in a process that then frees the memory."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print(json.dumps({"device": "cpu"}))
+        return
+
+    def best(work: Callable[[], Any]) -> float:
+        """Seconds of the fastest of 20 runs, after a warm-up."""
+        times = []
+        for _ in range(25):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        return min(times[5:])
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / best(lambda: target.copy_(source))
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    multiplied = 2 * 8192**3 / best(lambda: a @ a)
+    name = torch.cuda.get_device_name()
+    found = {"device": "cuda", "name": name, "copy_bytes_per_s": copied}
+    print(json.dumps(found | {"matmul_flop_per_s": multiplied}))
+
+
+def machine() -> dict[str, Any]:
+    """What the measurement runs on; on a GPU also its measured limits."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    cpu = {"cpu": name[1] if name else platform.machine(), "cores": os.cpu_count()}
+    command = [sys.executable, __file__, "device"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return cpu | json.loads(done.stdout.splitlines()[-1])
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of weights that every decode step reads: all, but the embedding only
+    where the output layer shares it."""
+    sizes = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                sizes[name] = end - start
+    if "lm_head.weight" in sizes:
+        sizes.pop("model.embed_tokens.weight", None)
+    return sum(sizes.values())
+
+
+def make_random(folder: Path, **changes: Any) -> None:
+    """Write random bfloat16 weights in phi-4's shape (29 GB) with its tokenizer, in
+    shards and with an index as the hubs have them; nothing if that has been done.
+
+    `changes` are of the config. On a GPU it takes a minute, most of it for the disk.
+    """
+    import torch
+    from tiny import phi4_tokenizer
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    import model_download
+
+    if folder.is_dir() and not model_download.missing_files(folder):
+        return
+    print(f"writing random weights to {folder}", file=sys.stderr)
+    phi4_tokenizer(folder)
+    torch.manual_seed(SEED)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        config = Phi3Config(**PHI4 | changes)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="5GB")
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Make the next load read the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def prompt_lengths(shortest: int, longest: int, count: int) -> list[int]:
+    """`count` lengths in tokens, spread evenly over their logarithms."""
+    generator = random.Random(SEED)
+    low, high = math.log(shortest), math.log(longest)
+    return [round(math.exp(generator.uniform(low, high))) for _ in range(count)]
+
+
+def prompt_maker(folder: Path) -> Callable[[int], str]:
+    """A function that gives a new prompt of n tokens, those of the template included.
+
+    Every prompt is new, so that no prefix cache can know it. The words are random:
+    what they say does not change what they cost.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer, generator = AutoTokenizer.from_pretrained(folder), random.Random(SEED)
+    empty = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False
+    )
+    template = len(tokenizer.encode(empty, add_special_tokens=False))
+
+    def make(length: int) -> str:
+        words = generator.choices(WORDS, k=length)
+        tokens = tokenizer.encode(" ".join(words), add_special_tokens=False)
+        return tokenizer.decode(tokens[: max(length - template, 1)])
+
+    return make
+
+
+# ------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------
+
+
+def percentile(values: list[float], percent: float) -> float | None:
+    """The least value that `percent` of them do not pass; None if there are none."""
+    rank = math.ceil(len(values) * percent / 100)
+    return sorted(values)[max(rank, 1) - 1] if values else None
+
+
+async def run_level(
+    way: Way, clients: int, prompts: list[str], new_tokens: int, spread: float
+) -> dict[str, Any]:
+    """Ask all prompts with a number of clients, each going on with the next when it
+    has its answer; client n starts n/clients of `spread` seconds late."""
+    waits: list[float] = []
+    health = asyncio.create_task(poll_health(way.port, waits))
+    left, answers = iter(prompts), []
+
+    async def client(number: int) -> None:
+        connection = Connection(way.port)
+        await connection.open()
+        await asyncio.sleep(spread * number / clients)
+        for prompt in left:
+            answers.append(await way.ask(connection, prompt, new_tokens))
+        connection.close()
+
+    load, started, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
+    async with asyncio.TaskGroup() as group:
+        for number in range(clients):
+            group.create_task(client(number))
+    seconds = max(a.arrivals[-1] for a in answers) - started
+    cpu = time.process_time() - cpu
+    health.cancel()
+    await asyncio.wait([health])
+    firsts = [a.arrivals[0] - a.sent for a in answers]
+    gaps = [gap for a in answers for gap in a.gaps()]
+    all_running = max(a.arrivals[0] for a in answers)
+    steady = [gap for a in answers for gap in a.gaps(all_running)]
+    return {
+        "way": way.name,
+        "clients": clients,
+        "tokens_per_s": sum(a.tokens for a in answers) / seconds,
+        "first_token_p50_s": percentile(firsts, 50),
+        "first_token_p99_s": percentile(firsts, 99),
+        "between_tokens_p50_s": percentile(gaps, 50),
+        "between_tokens_p99_s": percentile(gaps, 99),
+        "between_tokens_worst_s": max(gaps, default=None),
+        # Once every answer of the level has begun: decoding only.
+        "steady_p50_s": percentile(steady, 50),
+        "steady_p99_s": percentile(steady, 99),
+        "health_worst_s": max(waits),
+        "memory_gib": peak_memory(way.pid),
+        "gpu_memory_gib": gpu_memory(),
+        "prompt_tokens": sum(a.prompt_tokens for a in answers),
+        "seconds": seconds,
+        "client_cpu": cpu / seconds,
+        "load_average": load,
+    }
+
+
+async def measure(ways: list[Way], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All runs. Ways take turns where both fit in memory: load that other programs
+    put on the machine then meets both."""
+    make, runs = prompt_maker(options.model), []
+    groups = [[way] for way in ways] if options.device == "cuda" else [ways]
+    for group in groups:
+        if options.cold:
+            drop_from_page_cache(options.model)
+        async with AsyncExitStack() as stack:
+            for way in group:
+                await stack.enter_async_context(way.running())
+                await run_level(way, 1, [make(32)], options.new_tokens, 0)  # warm up
+            for repeat, clients in (
+                (repeat, level)
+                for repeat in range(options.repeat)
+                for level in options.clients
+            ):
+                count = max(clients, options.requests)
+                lengths = prompt_lengths(*options.prompt_tokens, count)
+                prompts = [make(length) for length in lengths]
+                for way in group:
+                    if clients in way.levels:
+                        run = await run_level(
+                            way, clients, prompts, options.new_tokens, options.spread
+                        )
+                        runs.append(run | {"repeat": repeat})
+                        print(progress(runs[-1]), file=sys.stderr)
+    return runs
+
+
+def progress(run: dict[str, Any]) -> str:
+    return "{way}, {clients} clients: {tokens_per_s:.1f} tokens/s".format(**run)
+
+
+def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a way and level: medians over the repeats, but the worst of the worst."""
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        rows.setdefault((run["way"], run["clients"]), []).append(run)
+    table = [combine(results, runs) for runs in rows.values()]
+    rates = {(r["way"], r["clients"]): r["tokens_per_s"] for r in table}
+    one_at_a_time = [rate for (way, _), rate in rates.items() if way == TUTORIAL]
+    for row in table:
+        base = rates.get((TUTORIAL, row["clients"]), max(one_at_a_time, default=None))
+        row["ratio"] = row["tokens_per_s"] / base if base else None
+    return sorted(table, key=lambda row: (row["clients"], row["way"] != TUTORIAL))
+
+
+def combine(results: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    row = {"way": runs[0]["way"], "clients": runs[0]["clients"]}
+    for name, value in runs[0].items():
+        if name not in row:
+            values = [run[name] for run in runs if run[name] is not None]
+            worst = "worst" in name or "memory" in name
+            row[name] = (max if worst else median)(values) if values else value
+    found = results["machine"]
+    if found["device"] == "cuda":
+        row["limit_tokens_per_s"] = card_limit(results, row["clients"])
+        if step := row["between_tokens_p50_s"]:
+            row["gb_per_s"] = results["weight_bytes"] / step / 1e9
+            row["share_of_copy"] = row["gb_per_s"] * 1e9 / found["copy_bytes_per_s"]
+    return row
+
+
+def card_limit(results: dict[str, Any], clients: int) -> float:
+    """Tokens/s if the GPU did nothing but multiply at its measured rate and read the
+    weights at its measured copy bandwidth; attention and the KV cache cost extra."""
+    found, options = results["machine"], results["options"]
+    shortest, longest = options["prompt_tokens"]
+    lengths = prompt_lengths(shortest, longest, max(clients, options["requests"]))
+    flop_per_token = results["weight_bytes"]  # 2 for each weight of 2 bytes
+    prefill = sum(lengths) / len(lengths) * flop_per_token / found["matmul_flop_per_s"]
+    reading = results["weight_bytes"] / found["copy_bytes_per_s"]
+    multiplying = clients * flop_per_token / found["matmul_flop_per_s"]
+    decode = options["new_tokens"] * max(reading, multiplying)
+    return clients * options["new_tokens"] / (clients * prefill + decode)
+
+
+# ------------------------------------------------------------------------------
+# Showing
+# ------------------------------------------------------------------------------
+
+COLUMNS: dict[str, tuple[str, float, str]] = {  # title: field, factor, format
+    "tokens/s": ("tokens_per_s", 1, ".1f"),
+    "ratio": ("ratio", 1, ".2f"),
+    "first p50 ms": ("first_token_p50_s", 1000, ".0f"),
+    "p99": ("first_token_p99_s", 1000, ".0f"),
+    "gap p50 ms": ("between_tokens_p50_s", 1000, ".1f"),
+    "p99 ": ("between_tokens_p99_s", 1000, ".1f"),
+    "worst": ("between_tokens_worst_s", 1000, ".0f"),
+    "/health ms": ("health_worst_s", 1000, ".0f"),
+    "RAM GiB": ("memory_gib", 1, ".2f"),
+    "GPU GiB": ("gpu_memory_gib", 1, ".1f"),
+    "GB/s": ("gb_per_s", 1, ".0f"),
+    "of copy": ("share_of_copy", 1, ".0%"),
+}
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The machine, the model and the work in one line."""
+    found, options = results["machine"], results["options"]
+    hardware = found.get("name") or f"{found['cpu']}, {found['cores']} cores"
+    shortest, longest = options["prompt_tokens"]
+    lengths = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+    work = f"prompts of {lengths} tokens, {options['new_tokens']} new"
+    dtype = "" if options["dtype"] == "auto" else f" in {options['dtype']}"
+    return f"{results['model']}{dtype} on {hardware}; {work}"
+
+
+def table(results: dict[str, Any]) -> Iterator[str]:
+    """The results as lines of text; columns that nobody has a value for are left out."""
+    rows = results["table"]
+    columns = [c for c in COLUMNS.items() if any(r.get(c[1][0]) for r in rows)]
+    yield f"{describe(results)}, median of {results['options']['repeat']}"
+    titles = "".join(f"{title.strip():>13}" for title, _ in columns)
+    yield f"{'clients':>7}  {'way':11}{titles}"
+    for row in rows:
+        cells = ""
+        for _, (name, factor, style) in columns:
+            value = row.get(name)
+            cells += f"{'-' if value is None else format(value * factor, style):>13}"
+        yield f"{row['clients']:>7}  {row['way']:11}{cells}"
+
+
+def draw(source: Path, target: Path) -> None:
+    """Draw tokens/s over clients from a results file."""
+    from matplotlib.figure import Figure
+
+    results = json.loads(source.read_text())
+    figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    styles = {
+        "limit": ("limit_tokens_per_s", "the card's limit", "--", "0.55"),
+        SERVER: ("tokens_per_s", SERVER, "-", "tab:blue"),
+        TUTORIAL: ("tokens_per_s", "the tutorial's way", "-", "tab:red"),
+    }
+    for way, (name, label, line, color) in styles.items():
+        shown = SERVER if way == "limit" else way
+        points = [
+            (row["clients"], row[name])
+            for row in results["table"]
+            if row["way"] == shown and row.get(name)
+        ]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), line, marker="o", color=color, label=label
+            )
+        for x, y in points:
+            above = 0, 8 if way != TUTORIAL else -15
+            text = f"{y:.0f}" if y >= 100 else f"{y:.1f}"
+            axes.annotate(
+                text,
+                (x, y),
+                above,
+                textcoords="offset points",
+                ha="center",
+                color=color,
+            )
+    clients = results["options"]["clients"]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(clients, [str(number) for number in clients])
+    axes.minorticks_off()
+    axes.margins(0.08, 0.15)
+    axes.set_xlabel("clients at the same time")
+    axes.set_ylabel("new tokens per second, all clients together")
+    axes.set_title(describe(results).replace("; ", "\n"), fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(target)
+
+
+# ------------------------------------------------------------------------------
+# Entry point
+# ------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[int]:
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return sorted(set(found))
+
+
+def length_range(text: str) -> tuple[int, int]:
+    shortest, _, longest = text.partition("-")
+    found = int(shortest), int(longest or shortest)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError
+    return found
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure this server beside the tutorial's way, over HTTP.",
+        epilog="Arguments after -- are settings for api.py.",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="folder of a model")
+    which.add_argument("--demo", action="store_true", help="the small demo model")
+    which.add_argument(
+        "--random", type=Path, help="phi-4's shape with random weights, made here"
+    )
+    which.add_argument(
+        "--chart", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw, do not run"
+    )
+    add = parser.add_argument
+    add("--clients", type=numbers, default=[1, 4, 16], help="default: 1,4,16")
+    add("--tutorial-clients", type=numbers, help="the tutorial's; default: the same")
+    add("--skip-tutorial", action="store_true")
+    add("--requests", type=int, default=16, help="per level; at least 1 a client")
+    add("--new-tokens", type=int, default=48, help="of each answer; default: 48")
+    add(
+        "--prompt-tokens",
+        type=length_range,
+        default=(20, 2000),
+        help="N, or N-M for a mix; default: 20-2000",
+    )
+    add("--spread", type=float, default=0, help="seconds over which clients begin")
+    add("--repeat", type=int, default=3, help="the median is shown; default: 3")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--dtype", default="auto", help="auto, bfloat16 or float32")
+    add("--threads", type=int, default=0, help="of each server; default: torch's")
+    add("--cold", action="store_true", help="load from disk, not from memory")
+    add("--out", type=Path, default=Path("results.json"))
+    add("server", nargs="*", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def ways_to_measure(options: argparse.Namespace) -> list[Way]:
+    common = ["--model", str(options.model), "--device", options.device]
+    common += ["--dtype", options.dtype]
+    new_tokens = ["--new-tokens", str(options.new_tokens)]
+    server = ["--host", "127.0.0.1", *options.server]
+    levels = options.tutorial_clients or options.clients
+    ways = [
+        Way(TUTORIAL, ["tutorial", *common, *new_tokens], ask_tutorial, levels, 0),
+        Way(SERVER, ["endless", *common, *server], ask_server, options.clients, 0),
+    ]
+    for way in ways:
+        way.threads = options.threads
+    return ways[1:] if options.skip_tutorial else ways
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, print the table, write the JSON; or draw the chart of an earlier run."""
+    options = parse(arguments)
+    if options.chart:
+        return draw(*options.chart)
+    if options.demo:
+        import model_download
+
+        options.model = model_download.demo_model()
+    if options.random:
+        make_random(options.random)
+        options.model = options.random
+    found = machine()
+    if options.device == "auto":
+        options.device = found["device"]
+    ways = ways_to_measure(options)
+    results = {
+        "machine": found,
+        "model": options.model.resolve().name,
+        "weight_bytes": weight_bytes(options.model),
+        "options": {
+            name: value
+            for name, value in vars(options).items()
+            if not isinstance(value, Path)
+        },
+        "runs": asyncio.run(measure(ways, options)),
+        "ready_seconds": {way.name: way.ready_seconds for way in ways},
+    }
+    results["table"] = summary(results)
+    options.out.write_text(json.dumps(results, indent=1))
+    print(*table(results), sep="\n")
+
+
+ROLES = {"tutorial": serve_tutorial, "endless": serve_endless, "device": print_device}
+
+if __name__ == "__main__":
+    try:
+        ROLES.get(sys.argv[1], lambda _: main(sys.argv[1:]))(sys.argv[2:])
+    except BenchmarkError as error:
+        sys.exit(str(error))

@@ -1,0 +1,471 @@
+"""Soak test: thousands of mixed requests over HTTP on a tiny model.
+
+    python tests/soak.py                       10,000 requests to `python api.py`
+    python tests/soak.py --requests 1000       fewer
+    python tests/soak.py --inside              the server in this process: its engine
+                                               and cache are looked at afterwards
+
+The answers to 200 greedy prompts are computed beforehand with `model.generate`; every
+finished greedy answer must equal its own and every cut one must be a prefix of it.
+Ordinary requests are mixed with sampled, dropped, half-sent and bad ones and with
+bursts over the admission limit. Prints a table and, as the last line, JSON. Exits with
+1 if anything was not as it should be.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+import conftest
+import psutil
+import tiny
+import torch
+import transformers
+
+ROWS, WAITING, CONTEXT, LONGEST, BODY = 8, 16, 512, 32, 16384
+SERVER = {
+    "max_in_flight": ROWS,
+    "max_waiting": WAITING,
+    "max_body_bytes": BODY,
+    "cache_tokens": 2048,  # half of what eight longest requests would need
+    "batch_tokens": 128,
+    "device": "cpu",
+    "dtype": "float32",
+    "host": "127.0.0.1",
+}
+CLIENTS = 12
+PROMPTS = 200
+WORDS = "sun rain tea Käse 雪 снег 🙂 blue door seven why not under light ocean".split()
+ROUTES = "/", "/v1/chat/completions"
+
+
+@dataclass
+class Reference:
+    """A prompt and the tokens that `model.generate` answers it with."""
+
+    prompt: str
+    tokens: list[int]
+    texts: list[str]  # of the first 0, 1, 2, ... tokens
+
+    def text(self, limit: int, stop: str | None = None) -> str:
+        whole = self.texts[min(limit, len(self.tokens))]
+        return whole.split(stop)[0] if stop else whole
+
+
+def references(folder: Path, count: int = PROMPTS) -> list[Reference]:
+    """Prompts of many lengths whose greedy float32 answers are pairwise different."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
+    rng, found, seen = random.Random(1), [], set()
+    while len(found) < count:
+        words = rng.choices(WORDS, k=rng.randint(1, 30))
+        prompt = f"{len(found)} {' '.join(words)}"
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST)
+        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        texts = [
+            complete(tokenizer, tokens[:end]) for end in range(len(tokens) + 1)
+        ]
+        if len(tokens) >= 8 and texts[-1] not in seen:
+            seen.add(texts[-1])
+            found.append(Reference(prompt, tokens, texts))
+    return found
+
+
+def complete(tokenizer: Any, tokens: list[int]) -> str:
+    """The text of tokens without a last character that is cut off."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    byte_ids = [token for token in tokens if token not in tokenizer.all_special_ids]
+    vocabulary = tokenizer.convert_ids_to_tokens(byte_ids)
+    letters = conftest.api.bytes_to_unicode()
+    byte_of = {letter: byte for byte, letter in letters.items()}
+    data = bytes(byte_of[letter] for token in vocabulary for letter in token)
+    for cut in (1, 2, 3):
+        with contextlib.suppress(UnicodeDecodeError):
+            data[-cut:].decode()
+            break  # the end is whole
+        if is_beginning(data[-cut:]):
+            return text.removesuffix("\ufffd")
+    return text
+
+
+def is_beginning(data: bytes) -> bool:
+    """Whether the bytes begin a UTF-8 character that needs more of them."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start == 0 and "unexpected end" in error.reason
+    return False
+
+
+# ------------------------------------------------------------------------------
+# A client that can misbehave
+# ------------------------------------------------------------------------------
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def packet(path: str, body: bytes, method: str = "POST", *extra: str) -> bytes:
+    head = [f"{method} {path} HTTP/1.1", "Host: test", "Connection: close", *extra]
+    if not any(line.startswith("Transfer-Encoding") for line in extra):
+        head.append(f"Content-Length: {len(body)}")
+    head.append("Content-Type: application/json")
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+async def exchange(port: int, data: bytes, events: int | None = None) -> Reply:
+    """Send bytes and read the answer, or leave after so many events of it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    try:
+        writer.write(data)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        pairs = (line.split(": ", 1) for line in head[1:] if line)
+        headers = {name.lower(): value for name, value in pairs}
+        body = b""
+        if headers.get("transfer-encoding") == "chunked":
+            while size := int(await reader.readline(), 16):
+                body += (await reader.readexactly(size + 2))[:-2]
+                if events is not None and body.count(b"\n\n") >= events:
+                    break
+        else:
+            body = await reader.read()
+        return Reply(int(head[0].split()[1]), headers, body)
+    finally:
+        writer.transport.abort()
+
+
+# ------------------------------------------------------------------------------
+# The mix
+# ------------------------------------------------------------------------------
+
+
+@dataclass
+class Soak:
+    """What was asked, what came back, and everything that should not have."""
+
+    port: int
+    references: list[Reference]
+    rng: random.Random
+    counts: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    finished: Counter[str] = field(default_factory=Counter)  # greedy, by prompt
+    wrong: list[str] = field(default_factory=list)
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.kinds: dict[str, tuple[int, Callable[[], Any]]] = {
+            "greedy": (36, self.greedy),
+            "greedy, streamed": (20, self.streamed),
+            "greedy, cut after some events": (10, self.cut),
+            "sampled": (12, self.sampled),
+            "dropped before the answer": (8, self.dropped),
+            "half a head or body, then closed": (4, self.half),
+            "bad body": (10, self.bad),
+        }
+
+    async def run(self, requests: int) -> None:
+        """Send so many requests from `CLIENTS` clients, and bursts from time to time."""
+        burst = 3 * (ROWS + WAITING)
+        weights = [weight for weight, _ in self.kinds.values()]
+        plan: Iterator[str] = iter(
+            self.rng.choices(list(self.kinds), weights, k=requests)
+        )
+
+        async def client() -> None:
+            for kind in plan:
+                await self.one(kind)
+                if self.rng.random() < 1 / 500:
+                    more = itertools.islice(plan, burst)
+                    self.counts["bursts"] += 1
+                    await asyncio.gather(*map(self.one, more))
+
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+
+    async def one(self, kind: str) -> None:
+        try:
+            await self.kinds[kind][1]()
+        except Exception as error:
+            self.wrong.append(f"{kind}: {type(error).__name__}: {error}")
+        self.counts[kind] += 1
+        self.done += 1
+
+    def check(self, right: bool, what: str) -> bool:
+        if not right:
+            self.wrong.append(what)
+        return right
+
+    def body(self, path: str, prompt: str, limit: int, **more: Any) -> bytes:
+        if path == "/":
+            body = {"prompt": prompt, "max_new_tokens": limit}
+        else:
+            turn = {"role": "user", "content": prompt}
+            body = {"messages": [turn], "max_completion_tokens": limit}
+        return json.dumps(body | more).encode()
+
+    def pick(self) -> tuple[str, Reference, int]:
+        reference = self.rng.choice(self.references)
+        return self.rng.choice(ROUTES), reference, self.rng.randint(1, LONGEST)
+
+    async def ask(self, path: str, body: bytes, events: int | None = None) -> Any:
+        """The answer, or None if it is the intended 503."""
+        reply = await exchange(self.port, packet(path, body), events)
+        self.statuses[reply.status] += 1
+        if reply.status == 503:
+            self.check("retry-after" in reply.headers, "a 503 without Retry-After")
+            return None
+        right = self.check(reply.status == 200, f"{reply.status}: {reply.body[:200]}")
+        return reply if right else None
+
+    def compare(self, reference: Reference, got: str, wanted: str) -> None:
+        if self.check(got == wanted, f"{reference.prompt!r}: {got!r}, not {wanted!r}"):
+            self.finished[reference.prompt] += 1
+
+    async def greedy(self) -> None:
+        path, reference, limit = self.pick()
+        more, stop = {}, None
+        if self.rng.random() < 0.2:
+            at = self.rng.randrange(len(reference.texts[-1]))
+            stop = reference.texts[-1][at : at + 2]
+            more = {"stop": [stop, "never in an answer"]}
+        body = self.body(path, reference.prompt, limit, **more)
+        if reply := await self.ask(path, body):
+            answer = json.loads(reply.body)
+            if path == "/":
+                text = answer["response"]
+            else:
+                text = answer["choices"][0]["message"]["content"]
+            self.compare(reference, text, reference.text(limit, stop))
+
+    async def streamed(self) -> None:
+        path, reference, limit = self.pick()
+        body = self.body(path, reference.prompt, limit, stream=True)
+        if reply := await self.ask(path, body):
+            text, ended = self.read_stream(path, reply.body)
+            self.check(ended, f"a stream without an end: {reply.body[-200:]}")
+            self.compare(reference, text, reference.text(limit))
+
+    async def cut(self) -> None:
+        path, reference, limit = self.pick()
+        events = self.rng.randint(1, 6)
+        body = self.body(path, reference.prompt, limit, stream=True)
+        if reply := await self.ask(path, body, events):
+            text, _ = self.read_stream(path, reply.body)
+            begins = reference.text(limit).startswith(text)
+            self.check(begins, f"cut: {text!r} does not begin {reference.prompt!r}")
+
+    def read_stream(self, path: str, data: bytes) -> tuple[str, bool]:
+        """The text so far of server-sent events, and whether their end is there."""
+        text, ended = "", False
+        for event in data.decode().split("\n\n")[:-1]:
+            if event == "data: [DONE]":
+                ended = True
+                continue
+            if not self.check(event.startswith("data: "), f"event: {event[:200]}"):
+                continue
+            message = json.loads(event.removeprefix("data: "))
+            if path != "/":
+                for choice in message["choices"]:
+                    text += choice["delta"].get("content", "")
+            elif "delta" in message:
+                text += message["delta"]
+            else:
+                ended = True
+                self.check(message["response"] == text, "deltas are not the answer")
+        return text, ended
+
+    async def sampled(self) -> None:
+        path, reference, limit = self.pick()
+        more: dict[str, Any] = {"temperature": self.rng.choice((0.3, 1, 2.0))}
+        for name, value in (("top_p", 0.8), ("top_k", 20), ("seed", 5), ("stop", "e")):
+            if self.rng.random() < 0.4:
+                more[name] = value
+        body = self.body(path, reference.prompt, limit, **more)
+        await self.ask(path, body)
+
+    async def dropped(self) -> None:
+        path, reference, limit = self.pick()
+        stream = self.rng.random() < 0.5
+        body = self.body(path, reference.prompt, limit, stream=stream)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.rng.random() * 0.05):
+                await exchange(self.port, packet(path, body))
+
+    async def half(self) -> None:
+        path, reference, limit = self.pick()
+        data = packet(path, self.body(path, reference.prompt, limit))
+        data = data[: self.rng.randrange(len(data))]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.rng.random() * 0.05):
+                await exchange(self.port, data)
+
+    async def bad(self) -> None:
+        path = self.rng.choice(ROUTES)
+        long = self.body(path, "much " * BODY, 1)
+        chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(long), long)
+        data = self.rng.choice(
+            (
+                packet(path, b"{"),
+                packet(path, b""),
+                packet(path, b"[" * 5000),
+                packet(path, b'{"prompt": "\\ud800", "messages": "\\ud800"}'),
+                packet(path, b'{"prompt": "\xff"}'),
+                packet(path, self.body(path, "hello", 5, temperature=float("nan"))),
+                packet(path, self.body(path, "hello", 0)),
+                packet(path, self.body(path, "hello", 10**30)),
+                packet(path, self.body(path, "long " * 400, 5)),
+                packet(path, long),
+                packet(path, chunked, "POST", "Transfer-Encoding: chunked"),
+                packet(path, b"\x1f\x8b123", "POST", "Content-Encoding: gzip"),
+                packet("/nothing", b"{}"),
+                packet(path, b"{}", "DELETE"),
+            )
+        )
+        reply = await exchange(self.port, data)
+        self.statuses[reply.status] += 1
+        full = reply.status == 503 and "retry-after" in reply.headers
+        refused = 400 <= reply.status < 500 or full
+        self.check(refused, f"{reply.status} for {data[-60:]}")
+
+    async def settle(self) -> bool:
+        """Whether as many requests as are admitted, at once, are all answered."""
+        prompt = "x" * 200
+        body = packet("/", self.body("/", prompt, LONGEST))
+        # Cancels of the last requests may still be on their way.
+        for _ in range(50):
+            jobs = (exchange(self.port, body) for _ in range(ROWS + WAITING))
+            replies = await asyncio.gather(*jobs)
+            if {reply.status for reply in replies} == {200}:
+                return len({json.loads(r.body)["response"] for r in replies}) == 1
+            await asyncio.sleep(0.1)
+        return False
+
+
+# ------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def served(folder: Path, inside: bool) -> Iterator[tuple[int, int, Any]]:
+    """The port, process id and, if it is in this process, engine of a server."""
+    if inside:
+        with conftest.running(model=folder, **SERVER) as server:
+            yield int(server.url.rsplit(":", 1)[1]), os.getpid(), server
+    else:
+        options = [
+            part
+            for name, value in SERVER.items()
+            for part in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        with conftest.spawned("--model", str(folder), *options) as process:
+            yield process.port, process.pid, None
+
+
+async def watch(soak: Soak, pid: int, memory: list[tuple[int, int]]) -> None:
+    """Note the requests done and the server's resident bytes, until cancelled."""
+    process = psutil.Process(pid)
+    while True:
+        memory.append((soak.done, process.memory_info().rss))
+        await asyncio.sleep(0.05)
+
+
+def growth(memory: list[tuple[int, int]], requests: int) -> float:
+    """Percent that memory grew from the middle of the run to its end."""
+
+    def around(share: float) -> float:
+        near = sorted(memory, key=lambda sample: abs(sample[0] - share * requests))
+        return statistics.median(rss for _, rss in near[: max(len(memory) // 20, 1)])
+
+    return 100 * (around(1) / around(0.5) - 1)
+
+
+async def measure(port: int, pid: int, refs: list[Reference], args: Any) -> Any:
+    soak = Soak(port, refs, random.Random(args.seed))
+    memory: list[tuple[int, int]] = []
+    watcher = asyncio.create_task(watch(soak, pid, memory))
+    started = time.monotonic()
+    await soak.run(args.requests)
+    seconds = time.monotonic() - started
+    watcher.cancel()
+    soak.check(await soak.settle(), "places for requests were lost")
+    half = next(rss for done, rss in memory if done >= args.requests / 2)
+    return soak, {
+        "requests": soak.done,
+        "seconds": round(seconds, 1),
+        "kinds": dict(soak.counts),
+        "statuses": {str(code): n for code, n in sorted(soak.statuses.items())},
+        "greedy answers equal to model.generate": soak.finished.total(),
+        "prompts with such an answer": len(soak.finished),
+        "memory at half, MB": round(half / 1e6, 1),
+        "memory growth, second half, %": round(growth(memory, args.requests), 2),
+    }
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """The figures of a soak; `wrong` lists what should not have happened."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inside", action="store_true")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory) / "tiny"
+        tiny.tiny_model(folder, context=CONTEXT, eos="natural", seed=3)
+        refs = references(folder)
+        with served(folder, args.inside) as (port, pid, server):
+            soak, figures = asyncio.run(measure(port, pid, refs, args))
+            if server:
+                conftest.wait_until(server.idle)
+                cache = server.engine.manager.batch_processor.cache
+                figures["share of the cache that is free"] = cache.compute_free_capacity(
+                    relative=True
+                )
+                free = figures["share of the cache that is free"] == 1
+                soak.check(free, "the cache is not free")
+    limit = figures["memory growth, second half, %"] < 5
+    soak.check(limit, "memory grew by 5% or more")
+    soak.check(len(soak.finished) == PROMPTS, "a prompt was never answered")
+    return figures | {"wrong": len(soak.wrong), "first wrong": soak.wrong[:10]}
+
+
+def main() -> int:
+    figures = run(sys.argv[1:])
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, number in value.items():
+                print(f"    {key:<40} {number:>10}")
+        else:
+            print(f"{name:<44} {value!s:>10}")
+    print(json.dumps(figures))
+    return 1 if figures["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""Streams of `POST /`: the same text as the plain answer, in whole characters."""
+
+import asyncio
+import json
+import random
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import api
+import cancel
+import pytest
+import requests
+import scripted
+import tiny
+from conftest import DEADLINE, Running, running, wait_until
+
+# Every proper beginning of a character in UTF-8; the last six bits do not matter.
+# Python's decoder counts half of a surrogate (ED A0) as one, until the next byte.
+ALL = range(128, 0x110000, 64)
+CHARACTERS = [chr(code).encode("utf-8", "surrogatepass") for code in ALL]
+BEGINNINGS = {char[:n] for char in CHARACTERS for n in range(1, len(char))}
+
+FAMILY = "\U0001f469‍\U0001f469‍\U0001f467"  # three people, one emoji
+TEXTS = {
+    "chinese": "你好,世界。".encode(),
+    "emoji joined by ZWJ": FAMILY.encode(),
+    "invalid": b"a\xff\xe4\xbdb\xf0\x9f\x91\xc3\x28\xed\xa0\x80\xc0\xafz",
+    "spelled": "�\n\r\n\u2028".encode(),
+}
+
+
+def cut(whole: bytes) -> bytes:
+    """Without the unfinished character at the end, if there is one."""
+    tails = [n for n in (3, 2, 1) if whole[-n:] in BEGINNINGS]
+    return whole[: -tails[0]] if tails else whole
+
+
+@pytest.fixture(scope="module")
+def counting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "counting"
+    scripted.counting_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def counting(counting_folder: Path) -> Iterator[Running]:
+    with running(model=counting_folder) as served:
+        served.gate = scripted.Gate(served.engine)
+        yield served
+
+
+@pytest.fixture
+def say(counting: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that sets what the server answers, one piece per token."""
+    yield lambda pieces: scripted.teach(monkeypatch, counting.engine, pieces)
+    counting.gate.allow()
+    wait_until(counting.idle)  # before the pieces are taken away
+
+
+def in_bytes(text: bytes) -> list[bytes]:
+    return [text[i : i + 1] for i in range(len(text))]
+
+
+def stream(served: Running, prompt: str = "hello", **body: Any) -> requests.Response:
+    body |= {"prompt": prompt, "stream": True}
+    return requests.post(served.url, json=body, stream=True, timeout=DEADLINE)
+
+
+# ------------------------------------------------------------------------------
+# Text
+# ------------------------------------------------------------------------------
+
+
+def test_every_cut_of_a_text_reads_the_same_streamed_and_whole(counting, say):
+    text = b"".join(TEXTS.values())
+    say(in_bytes(text))
+    limits = range(1, len(text) + 2)
+    assert len(limits) > 40
+
+    def both(limit: int) -> tuple[Any, Any]:
+        whole = counting.post("hello", max_new_tokens=limit)
+        return whole, scripted.told(stream(counting, max_new_tokens=limit))
+
+    with ThreadPoolExecutor(12) as pool:
+        results = list(pool.map(both, limits))
+    for limit, (whole, (deltas, last)) in zip(limits, results, strict=True):
+        expected = cut(text[:limit]).decode("utf-8", "replace")
+        assert whole.json()["response"] == last["response"] == expected, limit
+        assert "".join(deltas).encode() == expected.encode(), limit
+        reason = "stop" if limit > len(text) else "length"
+        assert whole.headers["X-Finish-Reason"] == reason
+        assert whole.headers["X-Completion-Tokens"] == str(limit)
+        assert whole.json()["history"] == last["history"]
+        assert list(last) == ["response", "history", "status", "time"]
+
+
+@pytest.mark.parametrize("builder", [tiny.small_tokenizer, tiny.phi4_tokenizer])
+def test_text_is_what_the_tokenizer_decodes(builder, tmp_path):
+    tokenizer = builder(tmp_path)
+    table, rng = api.bytes_of_tokens(tokenizer), random.Random(1)
+    letters = tokenizer.encode(TEXTS["chinese"].decode() + FAMILY + " naïve")
+    anything = range(len(tokenizer))
+    for _ in range(1000):
+        source = rng.choice([letters, anything, range(256)])
+        ids = rng.choices(source, k=rng.randint(1, 12))
+        answer, seen = api.Answer("m", None), [""]
+        for token in ids:
+            answer.feed(table[token])
+            assert answer.text.startswith(seen[-1])
+            seen.append(answer.text)
+        answer.finish("length")
+        expected = tokenizer.decode(ids, skip_special_tokens=True)
+        raw = b"".join(table[token] for token in ids)
+        lost = raw[len(cut(raw)) :].decode("utf-8", "replace")  # shown by decode
+        assert answer.text + lost == expected, ids
+
+
+def test_a_delta_never_takes_back_or_splits_a_character(counting, say):
+    text = (FAMILY + "你好").encode() * 3
+    say(in_bytes(text))
+    deltas, last = scripted.told(stream(counting))
+    assert all(deltas), "an empty delta says nothing"
+    assert last["response"] == text.decode() == "".join(deltas)
+    assert "�" not in "".join(deltas)
+
+
+# ------------------------------------------------------------------------------
+# Stop strings
+# ------------------------------------------------------------------------------
+
+
+def test_stop_strings_against_their_definition():
+    """Of random texts over two letters, so that beginnings overlap all the time."""
+    rng = random.Random(2)
+    ended = 0
+    for _ in range(5000):
+        stops = ["".join(rng.choices("ab", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 4))]
+        text = "".join(rng.choices("ab", k=rng.randint(1, 16)))
+        answer, at, taken = api.Answer("m", stops), 0, ""
+        while at < len(text) and answer.finish_reason is None:
+            piece = text[at : at + rng.randint(1, 4)]
+            answer.feed(piece.encode())
+            at, taken = at + len(piece), taken + piece
+            assert taken.startswith(answer.text)
+            # Nothing is kept back that could not become a stop string.
+            waiting = taken[len(answer.text) :]
+            assert answer.finish_reason or any(s.startswith(waiting) for s in stops)
+        found = answer.finish_reason == "stop"
+        answer.finish("length")
+        assert found == any(s in text for s in stops)
+        if found:
+            ended += 1
+            assert not any(s in answer.text for s in stops)
+            assert any(text.startswith(answer.text + s) for s in stops)
+        else:
+            assert answer.text == text and answer.finish_reason == "length"
+    assert ended > 1000
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "text", "tokens"),
+    [
+        ([b"a", b"b", b"c"], "a", "", 1),  # at the first token
+        ([b"ab", b"cd", b"ef"], "bc", "a", 2),  # split over two tokens
+        ([b"abcdef"], "cd", "ab", 1),  # inside one token
+        ([b"o", b"n", b"o", b"n", b"e"], ["one", "onone!"], "on", 5),  # overlapping
+        ([b"x", b"EN", b"D", b"!"], ["STOP", "END"], "x", 3),
+        ([b"a\n", b"\nb"], "\n\n", "a", 2),
+        (in_bytes("你好世界".encode()), "好", "你", 6),
+        (in_bytes(b"ab"), "abc", "ab", 3),  # begun and never finished, then the end
+        (in_bytes(b"ab"), [], "ab", 3),
+    ],
+)
+def test_stop(counting, say, pieces, stop, text, tokens):
+    say(pieces)
+    whole = counting.post("hello", stop=stop)
+    assert whole.json()["response"] == text
+    assert whole.headers["X-Finish-Reason"] == "stop"
+    assert whole.headers["X-Completion-Tokens"] == str(tokens)
+    deltas, last = scripted.told(stream(counting, stop=stop))
+    assert "".join(deltas) == last["response"] == text
+
+
+def test_a_begun_stop_string_is_shown_when_the_limit_cuts_it(counting, say):
+    say(in_bytes(b"xEND"))
+    whole = counting.post("hello", stop="END", max_new_tokens=3)
+    assert whole.json()["response"] == "xEN"
+    assert whole.headers["X-Finish-Reason"] == "length"
+    assert "".join(scripted.told(stream(counting, stop="END", max_new_tokens=3))[0]) == "xEN"
+    assert counting.post("hello", stop="END", max_new_tokens=4).json()["response"] == "x"
+
+
+def test_a_stop_string_ends_the_generation(counting, say):
+    say(in_bytes(b"ab" + b"x" * 200))
+    before = counting.engine.manager.current_batch
+    assert counting.post("hello", stop="b").json()["response"] == "a"
+    wait_until(counting.idle)
+    assert counting.engine.manager.current_batch - before < 150
+
+
+# ------------------------------------------------------------------------------
+# Events
+# ------------------------------------------------------------------------------
+
+
+def test_headers(counting, say):
+    say([b"hi"])
+    response = stream(counting)
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    assert response.headers["X-Request-Id"]
+    assert response.headers["Transfer-Encoding"] == "chunked"
+    assert response.content.startswith(b'data: {"delta": "hi"}\n\ndata: {"response":"hi",')
+
+
+def test_an_answer_without_text_has_no_delta(counting, say):
+    say([])
+    assert scripted.told(stream(counting))[0] == []
+    assert counting.post().json()["response"] == ""
+
+
+def test_pings_while_nothing_comes(counting, say, monkeypatch):
+    monkeypatch.setattr(api, "PING_SECONDS", 0.02)
+    say(in_bytes(b"abcdef"))
+    counting.gate.allow(2)
+    found = scripted.events(stream(counting))
+    seen = [next(found) for _ in range(6)]  # more than two deltas: the rest are pings
+    counting.gate.allow()
+    seen += found
+    assert seen.count(("", ": ping")) >= 4
+    deltas = [json.loads(data) for event, data in seen if event]
+    assert "".join(delta.get("delta", "") for delta in deltas) == "abcdef"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_curl_shows_a_piece_before_the_next_exists(counting, say, path):
+    say(in_bytes(b"abc"))
+    messages = [{"role": "user", "content": "hello"}]
+    asked = {"prompt": "hello"} if path == "/" else {"messages": messages}
+    body = json.dumps(asked | {"stream": True})
+    counting.gate.allow(1)
+    command = ["curl", "-sN", counting.url + path, "-H", "Content-Type: application/json", "-d", body]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
+        for line in curl.stdout:
+            if b'"a"' in line:
+                break
+        assert not counting.idle()  # it waits at the gate
+        counting.gate.allow()
+        rest = curl.stdout.read().decode()
+    assert curl.returncode == 0
+    assert '"b"' in rest and '"c"' in rest
+
+
+def test_text_that_comes_while_a_piece_is_being_sent_is_not_lost():
+    """The connection takes its time with each piece; the answer grows meanwhile."""
+    for body in (
+        api.ChatRequest(prompt="x", stream=True),
+        api.OpenAIRequest(messages=[{"role": "user", "content": "x"}], stream=True),
+    ):
+        text = asyncio.run(read_slowly(body, list("abcdefgh")))
+        assert text == "abcdefgh"
+
+
+async def read_slowly(body: Any, pieces: list[str]) -> str:
+    answer, work = api.Answer("m", None), asyncio.get_running_loop().create_future()
+
+    def grow() -> None:
+        if pieces:
+            answer.feed(pieces.pop(0).encode())
+        elif answer.finish_reason is None:
+            answer.finish("stop")
+            work.set_result(None)
+        answer.grown.set()
+
+    grow()
+    found = ""
+    async for event in api.events(SimpleNamespace(), body, answer, work):
+        data = event.decode().removeprefix("data: ").strip()
+        if data != "[DONE]":
+            item = json.loads(data)
+            found += item.get("delta", "")
+            for choice in item.get("choices", []):
+                found += choice["delta"].get("content") or ""
+        grow()
+    return found
+
+
+def test_a_client_that_reads_late_gets_everything(counting, say):
+    pieces = [b"%d," % i * 4000 for i in range(250)]  # more than the buffers hold
+    say(pieces)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(DEADLINE)
+        client.connect(("127.0.0.1", int(counting.url.rpartition(":")[2])))
+        body = json.dumps({"prompt": "hello", "stream": True, "max_new_tokens": 250})
+        cancel.ask(client, body)
+        wait_until(lambda: counting.engine.pending)
+        wait_until(lambda: not counting.engine.ends)  # generated, and not yet read
+        received = b"".join(iter(lambda: client.recv(1 << 20), b""))
+    lines = received.replace(b"\r\n", b"\n").split(b"\n")
+    found = [json.loads(line[6:]) for line in lines if line.startswith(b"data: ")]
+    text = b"".join(pieces).decode()
+    assert found[-1]["response"] == text
+    assert "".join(item["delta"] for item in found[:-1]) == text
+
+
+# ------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------
+
+
+def test_errors_before_the_first_token_are_ordinary(counting, say):
+    say([b"a"])
+    wrong = counting.post("hello", stream=True, temperature=3)
+    assert wrong.status_code == 422 and "temperature" in wrong.text
+    long = counting.post("hello", stream=True, max_new_tokens=10**6)
+    assert long.status_code == 400 and "1000000" in long.json()["detail"]
+    assert long.headers["Content-Type"] == "application/json"
+
+
+def test_a_server_that_is_full_says_so_to_streams_too(counting_folder, monkeypatch):
+    with running(model=counting_folder, max_in_flight=1, max_waiting=0) as served:
+        gate = scripted.Gate(served.engine)
+        scripted.teach(monkeypatch, served.engine, in_bytes(b"abc"))
+        gate.allow(1)
+        first = scripted.events(stream(served))
+        assert json.loads(next(first)[1]) == {"delta": "a"}
+        refused = stream(served)
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+        assert "in flight" in refused.json()["detail"]
+        gate.allow()
+        assert len(list(first)) == 3
+        assert stream(served).status_code == 200
+
+
+def test_a_failure_before_the_first_token_is_a_503(counting, say):
+    say([b"a"])
+    counting.gate.fail()
+    failed = stream(counting)
+    assert failed.status_code == 503 and failed.headers["Retry-After"] == "1"
+    assert failed.headers["Content-Type"] == "application/json"
+    wait_until(lambda: counting.engine.status == "ok")
+    assert counting.post().json()["response"] == "a"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_a_failure_after_it_is_an_error_event(counting, say, path):
+    say(in_bytes(b"abcdef"))
+    counting.gate.allow(2)
+    asked = {"prompt": "hello", "messages": [{"role": "user", "content": "hello"}]}
+    del asked["messages" if path == "/" else "prompt"]
+    asked["stream"] = True
+    response = requests.post(counting.url + path, json=asked, stream=True, timeout=DEADLINE)
+    assert response.status_code == 200
+    found = scripted.events(response)
+    seen = [next(found)]
+    while '"b"' not in seen[-1][1]:
+        seen.append(next(found))
+    counting.gate.fail()
+    seen += found
+    assert [event for event, _ in seen[:-1]] == ["message"] * (len(seen) - 1)
+    event, data = seen[-1]
+    assert event == "error"
+    why = json.loads(data)
+    if path == "/":
+        assert "engine failed" in why["detail"]
+    else:
+        assert "engine failed" in why["error"]["message"]
+        assert why["error"]["type"] == "server_error"
+    wait_until(lambda: counting.engine.status == "ok")
+    assert counting.post().json()["response"] == "abcdef"
+
+
+def test_timeouts_before_and_after_the_first_token(counting_folder, monkeypatch):
+    with running(model=counting_folder, request_timeout=0.5) as served:
+        gate = scripted.Gate(served.engine)
+        scripted.teach(monkeypatch, served.engine, in_bytes(b"abc"))
+        gate.allow(1)
+        event, data = list(scripted.events(stream(served)))[-1]
+        assert event == "error" and "0.5 seconds" in json.loads(data)["detail"]
+        gate.allow(0)
+        late = stream(served)
+        assert late.status_code == 504 and "0.5 seconds" in late.json()["detail"]
+        gate.allow()
+        wait_until(served.idle)
+
+
+# ------------------------------------------------------------------------------
+# Clients that leave
+# ------------------------------------------------------------------------------
+
+
+def test_clients_that_leave_free_their_slots_and_disturb_nobody(tiny_folder):
+    with running(model=tiny_folder, max_in_flight=8, max_waiting=100) as served:
+        before = cancel.answers(served)
+        assert len({*before}) == len(before) == 12
+        with ThreadPoolExecutor(2) as pool:
+            beside = pool.submit(cancel.answers, served)
+            freed = cancel.leave(served, 12)
+        assert len(freed) == 12
+        assert beside.result() == before == cancel.answers(served)
+        wait_until(served.idle)
+        assert served.engine.places._value == served.engine.rows
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place(counting_folder, monkeypatch):
+    with running(model=counting_folder, max_in_flight=1, max_waiting=1) as served:
+        gate = scripted.Gate(served.engine)
+        scripted.teach(monkeypatch, served.engine, [b"a"])
+        gate.allow(0)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(served.post)
+            wait_until(lambda: served.engine.ends)
+            with cancel.connected(served) as client:
+                cancel.ask(client, json.dumps({"prompt": "hello"}))
+                wait_until(lambda: served.engine.pending == 2)
+            wait_until(lambda: served.engine.pending == 1)
+            second = pool.submit(served.post)
+            wait_until(lambda: served.engine.pending == 2)
+            gate.allow()
+            assert first.result().json()["response"] == "a"
+            assert second.result().json()["response"] == "a"
+        wait_until(served.idle)
