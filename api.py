@@ -38,7 +38,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -212,6 +212,9 @@ class OpenAITurn(Strict, extra="ignore"):
         return Turn(role=self.role.replace("developer", "system"), content=text)
 
 
+USAGE = "prompt_tokens", "completion_tokens", "total_tokens"
+
+
 class ChatCompletion(BaseModel):
     """The answer of `POST /v1/chat/completions`."""
 
@@ -220,7 +223,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[dict[Literal["index", "message", "finish_reason"], Any]]
-    usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
+    usage: dict[str, int] = Field(examples=[dict.fromkeys(USAGE, 9)])
 
 
 Empty = Annotated[list[Any], Field(max_length=0)] | None
@@ -325,9 +328,8 @@ class Answer:
             self.end.set_exception(Unavailable(why))
 
     def usage(self) -> dict[str, int]:
-        used = {"prompt_tokens": self.prompt_tokens}
-        used |= {"completion_tokens": self.completion_tokens}
-        return used | {"total_tokens": sum(used.values())}
+        counts = self.prompt_tokens, self.completion_tokens
+        return dict(zip(USAGE, (*counts, sum(counts)), strict=True))
 
 
 class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
@@ -646,9 +648,9 @@ PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
     """JSON, or a stream once its first token is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
-    answer = request.state.answer = Answer(engine.name, body.stop)
     if engine.status != "ok":
         raise Unavailable(f"the server is {engine.status}")
+    answer = request.state.answer = Answer(engine.name, body.stop)
     work = request.state.work = asyncio.create_task(engine.converse(body, answer))
     ready = asyncio.create_task(answer.grown.wait()) if body.stream else work
     gone = asyncio.create_task(disconnected(request))
@@ -698,37 +700,31 @@ async def events(
 async def problem(request: Request, error: Any) -> Response:
     """An error as FastAPI's JSON, or as OpenAI's on its routes."""
     openai, param = request.url.path.startswith("/v1/"), None
-    status, headers = (
-        getattr(error, "status_code", 500),
-        getattr(error, "headers", None),
-    )
+    status = getattr(error, "status_code", 500)
     detail = message = getattr(error, "detail", "internal error: see the server's log")
     if isinstance(error, RequestValidationError):
-        # Without the input, which may be what JSON cannot spell.
-        detail = [
-            {key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()
-        ]
+        keys = "loc", "msg", "type"  # not the input: JSON may not be able to spell it
+        detail = [{key: each[key] for key in keys} for each in error.errors()]
         status, param = 400 if openai else 422, ".".join(map(str, detail[0]["loc"][1:]))
         message = f"{param}: {detail[0]['msg']}"
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    parts = {"message": message, "type": kind, "param": param, "code": None}
-    content = {"error": parts} if openai else {"detail": detail}
+    content = {"detail": detail}
+    if openai:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        parts = {"message": message, "type": kind, "param": param, "code": None}
+        content = {"error": parts}
+    headers = getattr(error, "headers", None)
     return Response(json.dumps(content), status, headers, "application/json")
 
 
-Bearer = Annotated[
-    HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
-]
+bearer = Depends(HTTPBearer(auto_error=False))
 
 
-async def authorize(request: Request, given: Bearer) -> None:
+async def authorize(request: Request, given: Annotated[Any, bearer]) -> None:
     """Raise a 401 unless one of the keys is given, where keys are set."""
     token = given.credentials.encode() if given else b""
-    keys = request.app.state.settings.api_key.encode().split(b",")
-    matches = [
-        secrets.compare_digest(token, key.strip()) for key in keys if key.strip()
-    ]
-    if matches and not any(matches):
+    keys = request.app.state.settings.api_key.encode().replace(b",", b" ").split()
+    matches = [secrets.compare_digest(token, key) for key in keys]  # all: constant time
+    if keys and not any(matches):
         why = "send a valid API key: Authorization: Bearer KEY"
         raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
 
@@ -903,31 +899,23 @@ def preflight(settings: Settings) -> socket.socket:
     """The bound port. Raises ValueError for what can be known before loading."""
     folder = settings.model
     if not settings.demo and not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}: python model_download.py downloads phi-4, "
-            "--model names another folder, --demo needs none"
-        )
+        hint = "python model_download.py downloads phi-4, --demo needs no download"
+        raise ValueError(f"there is no folder {folder}: {hint}")
     if not settings.demo and (missing := model_download.missing_files(folder)):
         raise ValueError(f"{folder} is incomplete, it lacks {', '.join(missing)}")
     device = pick_device(settings)
     if device.type == "cuda":
         weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         needed = weights * (1 + (settings.dtype == "float32")) / 2**30 + 2
-        free, name = (
-            torch.cuda.mem_get_info(device)[0],
-            torch.cuda.get_device_name(device),
-        )
-        if free / 2**30 < needed:
-            raise ValueError(
-                f"{name}: {needed:.0f} GiB needed, {free / 2**30:.0f} free"
-            )
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        if free < needed:
+            raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
     address = settings.host, settings.port
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        why = "cannot listen on {}:{}".format(*address)
-        raise ValueError(f"{why}: {error}; --port takes another") from error
+        raise ValueError(f"{address}: {error}; --port takes another") from error
 
 
 def main() -> int:

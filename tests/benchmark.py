@@ -27,19 +27,18 @@ import platform
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -71,7 +70,7 @@ WORDS = (
     "work night point home room mother area money story fact month lot right study "
     "book eye job word business issue side kind head father service friend power hour "
     "game line end member law car city name president team minute idea body back"
-).split()
+)
 
 
 class BenchmarkError(Exception):
@@ -90,12 +89,15 @@ class Connection:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    async def open(self) -> None:
+    async def __aenter__(self) -> Self:
         streams = await asyncio.open_connection("127.0.0.1", self.port)
         self.reader, self.writer = streams
+        return self
 
-    def close(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.writer.close()
+        with suppress(ConnectionError):
+            await self.writer.wait_closed()
 
     async def pieces(self, path: str, body: Any = None) -> AsyncIterator[bytes]:
         """The answer's body as it arrives: each chunk, or all of it at once.
@@ -173,16 +175,15 @@ async def ask_server(connection: Connection, prompt: str, tokens: int) -> Answer
 
 async def poll_health(port: int, waits: list[float]) -> None:
     """Append the seconds each GET /health takes, until cancelled."""
-    connection = Connection(port)
-    await connection.open()
-    while True:
-        sent = time.perf_counter()
-        try:
-            async for _ in connection.pieces("/health"):
-                pass
-        finally:  # also of the poll that is still waiting at the end
-            waits.append(time.perf_counter() - sent)
-        await asyncio.sleep(HEALTH_SECONDS)
+    async with Connection(port) as connection:
+        while True:
+            sent = time.perf_counter()
+            try:
+                async for _ in connection.pieces("/health"):
+                    pass
+            finally:  # also of the poll that is still waiting at the end
+                waits.append(time.perf_counter() - sent)
+            await asyncio.sleep(HEALTH_SECONDS)
 
 
 # ------------------------------------------------------------------------------
@@ -211,24 +212,28 @@ class Way:
         limits = {name: str(count) for name, count in threads.items() if count}
         command = [sys.executable, __file__, *self.command, "--port", str(self.port)]
         with tempfile.TemporaryFile("w+") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | limits
+            process = await asyncio.create_subprocess_exec(
+                *command, stdout=log, stderr=log, env=os.environ | limits
             )
             self.pid = process.pid
             try:
                 while not await is_ready(self.port):
                     late = time.monotonic() - started > READY_SECONDS
-                    if late or process.poll() is not None:
-                        log.seek(0)
-                        raise BenchmarkError(f"{self.name} failed:\n{log.read()}")
+                    if late or process.returncode is not None:
+                        raise EOFError("it did not get ready")
                     await asyncio.sleep(0.1)
                 self.ready_seconds = time.monotonic() - started
                 yield self
+            except (OSError, EOFError) as error:
+                log.seek(0)
+                why = f"{self.name} failed: {error}\n{log.read()}"
+                raise BenchmarkError(why) from error
             finally:
-                process.send_signal(signal.SIGTERM)
+                with suppress(ProcessLookupError):
+                    process.terminate()
                 try:
-                    await asyncio.to_thread(process.wait, 60)
-                except subprocess.TimeoutExpired:
+                    await asyncio.wait_for(process.wait(), 60)
+                except TimeoutError:
                     process.kill()
 
 
@@ -239,14 +244,12 @@ def free_port() -> int:
 
 
 async def is_ready(port: int) -> bool:
-    connection = Connection(port)
     try:
-        await connection.open()
-        async for _ in connection.pieces("/health"):
-            pass
+        async with Connection(port) as connection:
+            async for _ in connection.pieces("/health"):
+                pass
     except (OSError, EOFError, BenchmarkError):
         return False
-    connection.close()
     return True
 
 
@@ -270,7 +273,7 @@ def gpu_memory() -> float | None:
     if not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True)
+    done = subprocess.run(query, check=False, capture_output=True, text=True)
     return sum(map(float, done.stdout.split())) / 2**10 if not done.returncode else None
 
 
@@ -301,20 +304,25 @@ def serve_tutorial(arguments: list[str]) -> None:
             )
         return tokenizer.decode(output[0, length:], skip_special_tokens=True)
 
-    def load(dtype: str) -> tuple[float, Any]:
+    def load(dtype: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             options.model, dtype=dtype, device_map=options.device
         )
         model.generation_config.eos_token_id = None
-        question = [{"role": "user", "content": " ".join(WORDS)}]
-        answer(model, question, 2)
+        return model
+
+    def seconds(dtype: str) -> float:
+        model, question = load(dtype), [{"role": "user", "content": WORDS}]
+        answer(model, question, 2)  # warm up
         started = time.perf_counter()
         answer(model, question, 16)
-        return time.perf_counter() - started, model
+        return time.perf_counter() - started
 
-    both = ["bfloat16"] if options.device == "cuda" else ["float32", "bfloat16"]
-    dtypes = both if options.dtype == "auto" else [options.dtype]
-    model = min((load(dtype) for dtype in dtypes), key=lambda loaded: loaded[0])[1]
+    dtype = options.dtype
+    if dtype == "auto":  # float32 is never the faster on a GPU
+        gpu = options.device != "cpu"
+        dtype = "bfloat16" if gpu else min(("float32", "bfloat16"), key=seconds)
+    model = load(dtype)
     app = FastAPI()
 
     @app.post("/")
@@ -342,6 +350,7 @@ def serve_endless(arguments: list[str]) -> None:
     def load_endless(engine: Any) -> None:
         load(engine)
         engine.end_tokens = [-1]
+        engine.token_bytes = [text or b"" for text in engine.token_bytes]
 
     api.Engine.load = load_endless
     sys.argv = ["api.py", *arguments]
@@ -463,7 +472,7 @@ def prompt_maker(folder: Path) -> Callable[[int], str]:
     template = len(tokenizer.encode(empty, add_special_tokens=False))
 
     def make(length: int) -> str:
-        words = generator.choices(WORDS, k=length)
+        words = generator.choices(WORDS.split(), k=length)
         tokens = tokenizer.encode(" ".join(words), add_special_tokens=False)
         return tokenizer.decode(tokens[: max(length - template, 1)])
 
@@ -491,21 +500,21 @@ async def run_level(
     left, answers = iter(prompts), []
 
     async def client(number: int) -> None:
-        connection = Connection(way.port)
-        await connection.open()
-        await asyncio.sleep(spread * number / clients)
-        for prompt in left:
-            answers.append(await way.ask(connection, prompt, new_tokens))
-        connection.close()
+        async with Connection(way.port) as connection:
+            await asyncio.sleep(spread * number / clients)
+            for prompt in left:
+                answers.append(await way.ask(connection, prompt, new_tokens))
 
     load, started, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
-    async with asyncio.TaskGroup() as group:
-        for number in range(clients):
-            group.create_task(client(number))
+    try:
+        await asyncio.gather(*map(client, range(clients)))
+    finally:
+        health.cancel()
+        await asyncio.wait([health])
     seconds = max(a.arrivals[-1] for a in answers) - started
     cpu = time.process_time() - cpu
-    health.cancel()
-    await asyncio.wait([health])
+    if not health.cancelled():
+        health.result()  # raises what ended it
     firsts = [a.arrivals[0] - a.sent for a in answers]
     gaps = [gap for a in answers for gap in a.gaps()]
     all_running = max(a.arrivals[0] for a in answers)
@@ -680,7 +689,7 @@ def draw(source: Path, target: Path) -> None:
                 *zip(*points, strict=True), line, marker="o", color=color, label=label
             )
         for x, y in points:
-            above = 0, 8 if way != TUTORIAL else -15
+            above = 0, 8 if way == "limit" else -16
             text = f"{y:.0f}" if y >= 100 else f"{y:.1f}"
             axes.annotate(
                 text,

@@ -47,7 +47,7 @@ def leave(served: Running, count: int) -> list[float]:
     the seconds from each close until the engine holds nothing of that request."""
     seconds = []
     for number in range(count):
-        others = {*served.engine.ends}
+        others = {*scheduled(served)}
         with connected(served) as client:
             body = {"prompt": f"leaves {number}", "stream": number % 2 == 1, "max_new_tokens": 400}
             ask(client, json.dumps(body))
@@ -55,7 +55,7 @@ def leave(served: Running, count: int) -> list[float]:
             if body["stream"]:
                 assert client.recv(12).startswith(b"HTTP/1.1 200")
         closed = time.monotonic()
-        wait_until(lambda: mine not in served.engine.ends and mine not in scheduled(served))
+        wait_until(lambda: mine not in scheduled(served))
         seconds.append(time.monotonic() - closed)
     return seconds
 

@@ -47,17 +47,24 @@ def counting_model(folder: Path) -> None:
 def teach(monkeypatch: Any, engine: Any, pieces: Sequence[bytes]) -> None:
     """Let an engine of the counting model say these pieces, one per token, and end."""
     assert len(pieces) < LAST
-    table = [*pieces, *[b""] * (len(engine.token_bytes) - len(pieces))]
+    table = [*pieces, *[None] * (len(engine.token_bytes) - len(pieces))]
     monkeypatch.setattr(engine, "token_bytes", table)
     monkeypatch.setattr(engine, "end_tokens", [len(pieces)])
 
 
 class Gate:
-    """Stands before each forward pass of a server's model; open at first."""
+    """Stands before each forward pass of a server's model; open at first and at the
+    end of its `with`."""
 
     def __init__(self, engine: Any) -> None:
         self.changed, self.left, self.broken = threading.Condition(), math.inf, False
         engine.manager.model.register_forward_pre_hook(self.wait)
+
+    def __enter__(self) -> "Gate":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.allow()
 
     def allow(self, passes: float = math.inf) -> None:
         """Let this many more forward passes through."""

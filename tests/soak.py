@@ -74,40 +74,42 @@ def references(folder: Path, count: int = PROMPTS) -> list[Reference]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32
     ).eval()
-    rng, found, seen = random.Random(1), [], set()
-    while len(found) < count:
-        words = rng.choices(WORDS, k=rng.randint(1, 30))
-        prompt = f"{len(found)} {' '.join(words)}"
+    ends = tokenizer.convert_tokens_to_ids(list(tiny.END_TOKENS))
+    rng = random.Random(1)
+    by_length: dict[int, list[tuple[str, list[int]]]] = {}
+    for number in range(2 * count):
+        prompt = f"{number} {' '.join(rng.choices(WORDS, k=rng.randint(1, 30)))}"
         turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+        ids = tokens["input_ids"]
+        by_length.setdefault(len(ids), []).append((prompt, ids))
+    found: dict[str, Reference] = {}  # by answer
+    for length, batch in by_length.items():
+        prompts = torch.tensor([ids for _, ids in batch])
+        output = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=LONGEST,
         )
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST)
-        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-        texts = [
-            complete(tokenizer, tokens[:end]) for end in range(len(tokens) + 1)
-        ]
-        if len(tokens) >= 8 and texts[-1] not in seen:
-            seen.add(texts[-1])
-            found.append(Reference(prompt, tokens, texts))
-    return found
+        for (prompt, _), row in zip(batch, output[:, length:].tolist(), strict=True):
+            stops = [at for at, token in enumerate(row) if token in ends]
+            tokens = row[: stops[0] + 1] if stops else row
+            texts = [complete(tokenizer, tokens[:n]) for n in range(len(tokens) + 1)]
+            if len(tokens) >= 8:
+                found[texts[-1]] = Reference(prompt, tokens, texts)
+    assert len(found) >= count
+    return list(found.values())[:count]
 
 
 def complete(tokenizer: Any, tokens: list[int]) -> str:
     """The text of tokens without a last character that is cut off."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    byte_ids = [token for token in tokens if token not in tokenizer.all_special_ids]
-    vocabulary = tokenizer.convert_ids_to_tokens(byte_ids)
-    letters = conftest.api.bytes_to_unicode()
-    byte_of = {letter: byte for byte, letter in letters.items()}
-    data = bytes(byte_of[letter] for token in vocabulary for letter in token)
-    for cut in (1, 2, 3):
-        with contextlib.suppress(UnicodeDecodeError):
-            data[-cut:].decode()
-            break  # the end is whole
-        if is_beginning(data[-cut:]):
-            return text.removesuffix("\ufffd")
-    return text
+    shown = [token for token in tokens if token not in tokenizer.all_special_ids]
+    # The first 256 tokens are the bytes, and no other ends inside a character.
+    end = bytes(itertools.takewhile(lambda token: token < 256, shown[:-4:-1]))[::-1]
+    cut = any(is_beginning(end[at:]) for at in range(len(end)))
+    return text.removesuffix("\ufffd") if cut else text
 
 
 def is_beginning(data: bytes) -> bool:
@@ -209,7 +211,8 @@ class Soak:
 
     async def one(self, kind: str) -> None:
         try:
-            await self.kinds[kind][1]()
+            async with asyncio.timeout(conftest.DEADLINE):
+                await self.kinds[kind][1]()
         except Exception as error:
             self.wrong.append(f"{kind}: {type(error).__name__}: {error}")
         self.counts[kind] += 1
@@ -261,6 +264,19 @@ class Soak:
             else:
                 text = answer["choices"][0]["message"]["content"]
             self.compare(reference, text, reference.text(limit, stop))
+
+    async def again(self) -> None:
+        """Every prompt's whole answer once more, so many at once as are admitted."""
+        waiting = iter(self.references)
+
+        async def client() -> None:
+            for reference in waiting:
+                reply = await self.ask("/", self.body("/", reference.prompt, LONGEST))
+                if self.check(reply is not None, "503 although there is room"):
+                    text = json.loads(reply.body)["response"]
+                    self.compare(reference, text, reference.texts[-1])
+
+        await asyncio.gather(*(client() for _ in range(ROWS + WAITING)))
 
     async def streamed(self) -> None:
         path, reference, limit = self.pick()
@@ -414,6 +430,7 @@ async def measure(port: int, pid: int, refs: list[Reference], args: Any) -> Any:
     seconds = time.monotonic() - started
     watcher.cancel()
     soak.check(await soak.settle(), "places for requests were lost")
+    await soak.again()
     half = next(rss for done, rss in memory if done >= args.requests / 2)
     return soak, {
         "requests": soak.done,
@@ -443,8 +460,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
             if server:
                 conftest.wait_until(server.idle)
                 cache = server.engine.manager.batch_processor.cache
-                figures["share of the cache that is free"] = cache.compute_free_capacity(
-                    relative=True
+                figures["share of the cache that is free"] = (
+                    cache.compute_free_capacity(relative=True)
                 )
                 free = figures["share of the cache that is free"] == 1
                 soak.check(free, "the cache is not free")
