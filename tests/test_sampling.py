@@ -1,0 +1,283 @@
+"""Sampling: the right distribution, repeatable by seed, and greedy rows untouched."""
+
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import api
+import cancel
+import pytest
+import requests
+import torch
+from conftest import running, wait_until
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0])
+SAMPLED = {"temperature": 1.0, "max_new_tokens": 48}
+
+
+def arguments(asked: list[tuple[Any, int]]) -> torch.Tensor:
+    """What the Sampler is told of (sampler arguments, position) pairs."""
+    states = [SimpleNamespace(logit_processor_kwargs=k, position_offset=p) for k, p in asked]
+    batch = [SimpleNamespace(state=state, has_new_token=True) for state in states]
+    storage = torch.zeros(4, len(batch) + 3, dtype=torch.int32)  # a few rows too many
+    api.Sampler().prepare_tensor_args(batch, storage)
+    return storage
+
+
+def draw(rows: list[tuple[int, int]], logits: torch.Tensor = LOGITS, **sampling: Any) -> list[int]:
+    """One token for each (seed, position)."""
+    made = [
+        (api.ChatRequest(prompt="x", seed=seed, **sampling).sampler_arguments(), position)
+        for seed, position in rows
+    ]
+    scores = logits.repeat(len(rows), 1)
+    return api.Sampler()(None, scores, arguments(made)).argmax(-1).tolist()
+
+
+def chi_square(observed: Counter[Any], expected: dict[Any, float]) -> None:
+    """Fail if counts differ from their expectations; one in a million would by chance."""
+    assert set(observed) <= {key for key, count in expected.items() if count}
+    cells = [(observed[key], count) for key, count in expected.items() if count]
+    assert min(count for _, count in cells) > 5
+    distance = sum((seen - count) ** 2 / count for seen, count in cells)
+    free = len(cells) - 1
+    # Wilson and Hilferty: the cube root of chi-square is nearly normal.
+    limit = free * (1 - 2 / (9 * free) + 4.75 * math.sqrt(2 / (9 * free))) ** 3
+    assert distance < limit, (distance, limit, observed, expected)
+
+
+# ------------------------------------------------------------------------------
+# The Sampler
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        ({"temperature": 1.0}, 8),
+        ({"temperature": 0.5}, 8),
+        ({"temperature": 2.0}, 8),
+        ({"temperature": 1.0, "top_k": 3}, 3),
+        ({"temperature": 0.7, "top_k": 1}, 1),
+        ({"temperature": 1.0, "top_k": 8}, 8),
+        ({"temperature": 1.0, "top_p": 0.6}, 2),  # 0.40 + 0.24 reaches 0.6
+        ({"temperature": 1.0, "top_p": 0.65}, 3),
+        ({"temperature": 2.0, "top_p": 0.65}, 4),  # temperature comes first
+        ({"temperature": 1.0, "top_p": 0.9, "top_k": 2}, 2),
+        ({"temperature": 1.0, "top_p": 0.6, "top_k": 5}, 2),
+        ({"temperature": 1.0, "top_p": 1e-9}, 1),
+        ({"temperature": 1.0, "top_p": 1.0, "top_k": 0}, 8),
+    ],
+)
+@pytest.mark.parametrize("over", ["seeds", "positions"])
+def test_tokens_are_drawn_from_the_softmax(sampling, kept, over):
+    count = 12_000
+    rows = [(n, 7) if over == "seeds" else (7, n) for n in range(count)]
+    likely = (LOGITS / sampling["temperature"]).softmax(-1)[:kept]
+    expected = dict(enumerate((likely / likely.sum() * count).tolist()))
+    observed = Counter(draw(rows, **sampling))
+    if kept == 1:
+        assert observed == {0: count}
+    else:
+        chi_square(observed, expected)
+
+
+@pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (1, -1), (0, 256)])
+def test_neighbours_are_independent(step):
+    """Of one seed at two positions, of two seeds at one position, and across."""
+    count, probabilities = 12_000, LOGITS[:5].softmax(-1).tolist()
+    # One long answer and many short ones.
+    for here in ([(3, n + 1) for n in range(count)], [(n, n % 60 + 1) for n in range(count)]):
+        there = [(seed + step[0], position + step[1]) for seed, position in here]
+        pairs = Counter(zip(draw(here, LOGITS[:5], temperature=1.0), draw(there, LOGITS[:5], temperature=1.0), strict=True))
+        square = ((a, b) for a in range(5) for b in range(5))
+        expected = {(a, b): count * probabilities[a] * probabilities[b] for a, b in square}
+        chi_square(pairs, expected)
+
+
+def test_a_large_vocabulary_has_no_favourites():
+    """phi-4's size, all alike: every part of it is drawn as often as the next."""
+    size, count = 100_352, 2_000
+    drawn = [
+        token
+        for start in range(0, count, 100)
+        for token in draw([(n, 5) for n in range(start, start + 100)], torch.zeros(size), temperature=1.0)
+    ]
+    chi_square(Counter(token * 16 // size for token in drawn), dict.fromkeys(range(16), count / 16))
+    chi_square(Counter(token % 16 for token in drawn), dict.fromkeys(range(16), count / 16))
+
+
+def test_greedy_rows_pass_through_beside_sampled_ones():
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(6, 50, generator=generator)
+    one = api.ChatRequest(prompt="x", temperature=1, top_p=0.5, seed=1).sampler_arguments()
+    rows = arguments([({}, 4), (one, 4)] * 3)
+    result = api.Sampler()(None, scores.clone(), rows)
+    assert torch.equal(result[::2], scores[::2])
+    assert not torch.equal(result[1::2], scores[1::2])
+    all_greedy = arguments([({}, 4)] * 6)
+    assert torch.equal(api.Sampler()(None, scores.clone(), all_greedy), scores)
+
+
+def test_rows_without_a_new_token_take_no_place():
+    """A prompt in the middle of its prefill is in the batch and has no scores."""
+    sampled = {"sampling": (10**6, 10**6, 0, 1)}
+    states = [SimpleNamespace(logit_processor_kwargs=k, position_offset=4) for k in ({}, sampled)]
+    batch = [
+        SimpleNamespace(state=states[0], has_new_token=False),
+        SimpleNamespace(state=states[1], has_new_token=True),
+    ]
+    filled = torch.zeros(4, 2, dtype=torch.int32)
+    api.Sampler().prepare_tensor_args(batch, filled)
+    assert filled[0].tolist() == [10**6, 0]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}, {"temperature": 1e-9}])
+def test_temperature_0_is_greedy(sampling):
+    assert draw([(1, n) for n in range(50)], **sampling) == [0] * 50
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 2), (0, 2**32), (0, 2**62), (-1, -2), (0, 2**61 - 1), (-(2**63), 2**63 - 1)])
+def test_different_seeds_draw_differently(one, other):
+    flat = torch.zeros(64)
+    rows = [(one, n) for n in range(40)], [(other, n) for n in range(40)]
+    assert draw(rows[0], flat, temperature=1.0) != draw(rows[1], flat, temperature=1.0)
+
+
+def test_without_a_seed_every_request_has_its_own():
+    asked = [api.ChatRequest(prompt="x", temperature=1) for _ in range(8)]
+    seeds = {body.sampler_arguments()["sampling"][-1] for body in asked}
+    assert len(seeds) == 8
+
+
+# ------------------------------------------------------------------------------
+# Through the engine
+# ------------------------------------------------------------------------------
+
+
+def test_same_seed_same_answer_and_another_seed_another(server):
+    said = [server.post("tell me", seed=seed, **SAMPLED).json()["response"] for seed in (1, 1, 2, 3)]
+    assert said[0] == said[1]
+    assert len(set(said)) == 3
+    free = {server.post("tell me", **SAMPLED).json()["response"] for _ in range(3)}
+    assert len(free) == 3
+    greedy = {server.post("tell me", seed=seed, max_new_tokens=48).json()["response"] for seed in (1, 2)}
+    assert len(greedy) == 1
+
+
+def test_both_routes_draw_alike(server):
+    plain = server.post("tell me", seed=5, **SAMPLED).json()["response"]
+    messages = [{"role": "user", "content": "tell me"}]
+    body = {"messages": messages, "temperature": 1.0, "max_tokens": 48, "seed": 5}
+    openai = server.post(path="/v1/chat/completions", **body).json()
+    assert openai["choices"][0]["message"]["content"] == plain
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_seed_survives_company_preemption_and_prefix_sharing(tiny_folder, server, sharing, monkeypatch):
+    asked = [{"prompt": "a prompt that all of them share, " + str(n), "seed": n, **SAMPLED} for n in range(16)]
+    alone = [server.post(**body).json()["response"] for body in asked]
+    assert len(set(alone)) == 16
+    # Room for four of them: the others are thrown out of the cache and come again.
+    with running(model=tiny_folder, cache_tokens=512, prefix_sharing=sharing) as small:
+        manager = small.engine.manager.batch_processor.offloading_manager
+        thrown = spy(monkeypatch, manager, "offload_requests")
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(lambda body: small.post(**body), asked))
+        assert [response.json()["response"] for response in together] == alone
+        assert thrown
+        wait_until(small.idle)
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """The results of calls that did something, as they are made."""
+    results, method = [], getattr(owner, name)
+
+    def call(*given: Any, **named: Any) -> Any:
+        result = method(*given, **named)
+        results.extend([result] if result else [])
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+    return results
+
+
+def test_greedy_answers_are_the_same_beside_sampled_ones_and_cancels(tiny_folder):
+    with running(model=tiny_folder, max_in_flight=16, max_waiting=100) as served:
+        before = cancel.answers(served)
+        with ThreadPoolExecutor(10) as pool:
+            sampled = [
+                pool.submit(served.post, f"sampled {n}", seed=n, top_p=0.9, **SAMPLED)
+                for n in range(8)
+            ]
+            leaving = pool.submit(cancel.leave, served, 6)
+            assert cancel.answers(served) == before
+            assert all(one.result().status_code == 200 for one in sampled)
+            assert len(leaving.result()) == 6
+
+
+# ------------------------------------------------------------------------------
+# Ranges
+# ------------------------------------------------------------------------------
+
+WRONG = [
+    ("temperature", -0.1),
+    ("temperature", 2.1),
+    ("temperature", "1"),
+    ("temperature", True),
+    ("top_p", 0),
+    ("top_p", 1.01),
+    ("top_k", -1),
+    ("top_k", 1025),
+    ("top_k", 1.5),
+    ("seed", 2**63),
+    ("seed", -(2**63) - 1),
+    ("seed", "1"),
+    ("stop", ""),
+    ("stop", ["a"] * 5),
+    ("stop", [""]),
+    ("stop", 5),
+    ("stop", "x" * 257),
+    ("stream", "yes"),
+    ("max_new_tokens", 0),
+    ("max_tokens", 0),
+    ("max_tokens", "5"),
+    ("max_completion_tokens", -1),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_what_is_out_of_range_is_refused_by_name(server, field, value):
+    openai = "/v1/chat/completions"
+    if not field.startswith(("max_tokens", "max_completion")):
+        refused = server.post("x", **{field: value})
+        assert refused.status_code == 422
+        assert field in refused.json()["detail"][0]["loc"]
+    if field != "max_new_tokens":
+        body = {"messages": [{"role": "user", "content": "x"}], field: value}
+        refused = server.post(path=openai, **body)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["param"].split(".")[0] == field and field in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+def test_numbers_that_are_none_are_refused(server, field, number):
+    body = f'{{"prompt": "x", "{field}": {number}}}'
+    headers = {"Content-Type": "application/json"}
+    refused = requests.post(server.url, data=body, headers=headers, timeout=60)
+    assert refused.status_code == 422 and field in refused.text
+
+
+def test_the_ends_of_the_ranges_and_null_are_accepted(server):
+    for sampling in (
+        {"temperature": 2, "top_p": 1, "top_k": 1024, "seed": 2**63 - 1},
+        {"temperature": 0, "top_p": 1e-300, "top_k": 0, "seed": -(2**63)},
+        {"temperature": 1e-300, "stop": ["~"] * 4},
+        dict.fromkeys(["temperature", "top_p", "top_k", "seed", "stop", "stream", "max_new_tokens"]),
+    ):
+        response = server.post("x", **({"max_new_tokens": 2} | sampling))
+        assert response.status_code == 200, response.text

@@ -1,0 +1,16 @@
+"""A short soak in every run of the tests; `python tests/soak.py` is the long one."""
+
+from soak import run
+
+
+def test_a_thousand_mixed_requests():
+    figures = run(["--requests", "1000"])
+    assert figures["wrong"] == 0, figures["first wrong"]
+    assert figures["requests"] == 1000
+    assert figures["prompts with such an answer"] == 200
+
+
+def test_the_engine_and_its_cache_are_empty_afterwards():
+    figures = run(["--requests", "200", "--inside", "--seed", "1"])
+    assert figures["wrong"] == 0, figures["first wrong"]
+    assert figures["cache lost, bytes"] == 0
