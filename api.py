@@ -15,13 +15,16 @@ the model, and the event loop never waits for it.
 
 import asyncio
 import codecs
+import importlib.util
 import json
 import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
+import sysconfig
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,12 +47,24 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import modeling_flash_attention_utils as flash
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.generation.continuous_batching import cb_logits_processors
+from transformers.generation.continuous_batching import (
+    cb_logits_processors,
+    continuous_api,
+    input_outputs,
+    model_runner,
+)
 from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.masking_utils import flash_attention_mask
 
 import model_download
+
+try:
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10, its pages 2.13
+except ImportError:
+    varlen_attn = None
 
 logger = logging.getLogger("phi4")
 
@@ -90,7 +105,7 @@ class Settings(BaseSettings):
     cache_tokens: int = Field(0, ge=0)
     """Size of the KV cache. 0: what is left of the GPU, 16384 on a CPU."""
     batch_tokens: int = Field(0, ge=0)
-    """Most tokens in one forward pass. 0: 2048 on a GPU, 256 on a CPU."""
+    """Most tokens in one forward pass. 0: 8192 on a GPU, 256 on a CPU."""
     prefix_sharing: bool = True
     """Compute a shared beginning once. Users could tell from timing what is cached."""
     request_timeout: float = Field(300, gt=0)
@@ -130,8 +145,8 @@ Tokens = Annotated[int, Field(ge=1)] | None
 Finish = Literal["stop", "length"]
 
 
-class Strict(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
-    """No coercion ("5" is not 5), no NaN, no unknown field."""
+class Strict(BaseModel, strict=True, extra="forbid"):
+    """No coercion ("5" is not 5), no unknown field."""
 
 
 class Sampling(Strict, use_attribute_docstrings=True):
@@ -282,6 +297,204 @@ class OpenAIRequest(Sampling, extra="ignore"):
 
 
 # ------------------------------------------------------------------------------
+# Attention on a GPU
+# ------------------------------------------------------------------------------
+
+FLASH = "torch_flash_2"  # the engine decodes from pages for names like ".*flash.*2"
+PAGE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
+# Prefill steps of up to 1024 tokens are padded to one of these sizes and are CUDA
+# graphs; larger ones keep the GPU busy for longer than their launches take.
+GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
+LARGE = (8192, 4096, 2048, 1280)  # warm-up runs these to compile the layers
+NEAR = 768  # cached tokens that one block of threads reads faster than several
+
+
+@torch.library.custom_op("phi4::attend", mutates_args=("cache",))
+def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
+    """Append keys and values to a layer's cache, attend to it: (tokens, heads, dim)."""
+    slots, options = FlashRunner.step
+    cache.index_copy_(0, slots, kv)
+    k, v = kv.chunk(2)  # enough if nothing is cached, and faster than pages
+    if "block_table" in options:
+        pages = cache.unflatten(0, (-1, PAGE))
+        k, v = pages[:-1], pages[1:]
+    return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **options)
+
+
+attend.register_fake(lambda q, kv, cache, scale: torch.empty_like(q))
+
+
+def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
+    """Attention for transformers: query, key and value are (1, heads, tokens, dim)."""
+    q, k, v = (x[0].transpose(0, 1) for x in qkv[:3])
+    kv, scale = torch.cat((k, v)), options["scaling"]
+    return attend(q.contiguous(), kv, module.kv_cache, scale)[None], None
+
+
+class FlashRunner(model_runner.ModelRunner):
+    """Runs steps in a few fixed shapes, all of them prepared by `warmup`.
+
+    A page of the cache holds the keys of its tokens, and the next page their values.
+    """
+
+    # Not passed through the model: its layers would be compiled again for each step.
+    step: tuple[
+        Tensor, dict[str, Any]
+    ]  # slots of the new tokens, options of the kernel
+    least = 0  # tokens that warm-up pretends are cached
+
+    def maybe_pad_inputs(
+        self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool
+    ) -> tuple[int, int]:
+        """Round a step up to a prepared size; 0: attention lists nothing to read."""
+        if use_decode_fast_path:
+            return super().maybe_pad_inputs(num_q_tokens, max_kv_read, True)
+        sizes = (*GRAPHS, -(-num_q_tokens // 64) * 64)
+        size = next(size for size in sizes if size >= num_q_tokens)
+        return min(size, self.cache.max_batch_tokens), 0
+
+    def _get_forward_fn(self, use_block_table: bool) -> tuple[Any, bool]:
+        forward, graph = super()._get_forward_fn(use_block_table)
+        return forward, graph and self.small
+
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        """Run a step, with the block table that the engine fills to decode only."""
+        ios = self.inputs_and_outputs
+        pair, decode = ios.io_pairs[ios.current_pair], ios.use_block_table
+        host, device, tokens = pair.host_io, pair.device_io, pair.host_io.num_q_tokens
+        (reach,), rows = host.max_length_k.values(), len(batch_data["logits_indices"])
+        longest, full = host.max_length_q, host.block_table.shape[-1] * PAGE
+        self.small = decode or tokens <= GRAPHS[-1]
+        if decode:
+            longest, reach = 1, NEAR if max(reach, self.least) <= NEAR else full
+        elif self.small:
+            longest, reach = tokens, full
+        else:  # no graph that must fit other steps too
+            rows = len(host.requests_in_batch)
+        self.fresh = (
+            not self.small and host.total_seqlen_q in host.total_seqlen_k.values()
+        )
+        if not decode:
+            for row, future in enumerate(host.requests_in_batch):
+                table = host.block_table[:, row]
+                self.cache.fill_block_table(future.state.request_id, 0, 0, table)
+            with torch.cuda.stream(ios.compute_stream):
+                device.block_table.copy_(host.block_table, non_blocking=True)
+            batch_data["block_table"] = device.block_table
+        self.rows, device.graph_key = rows, (tokens, longest, rows, reach)
+        # The kernel groups the heads of a single token, but not under a causal mask.
+        self.options = {"max_q": longest, "max_k": reach}
+        self.options["window_size"] = (-1, -1 if decode else 0)
+        self.options["num_splits"] = None if decode and reach > NEAR else 1
+        super().compute_batch(model, batch_data)
+        states = [each.state for each in host.requests_in_batch if each.has_new_token]
+        chosen = [row for row, s in enumerate(states) if s.logit_processor_kwargs]
+        if chosen:  # sampling is not in the graph: greedy rows do not pay for it
+            with torch.cuda.stream(ios.compute_stream):
+                index = torch.tensor(chosen, device=self.scores.device)
+                arguments = batch_data["logits_processor_args"][:, index]
+                drawn = self.logit_processor.draw(self.scores[index], arguments)
+                device.output_ids[0, index] = drawn.argmax(-1).int()
+
+    def _forward_process_and_sample(
+        self, model: nn.Module, batch_data: dict, *io: Any
+    ) -> None:
+        starts = batch_data["cu_seq_lens_q"][: self.rows + 1]
+        ends = next(iter(batch_data["cu_seq_lens_k"].values()))[: self.rows + 1]
+        table, slots = (
+            batch_data["block_table"][0, : self.rows],
+            batch_data["write_index"][0],
+        )
+        if self.options["max_q"] == 1:
+            # The page of padded rows is -1: clamped, it belongs to no request.
+            place = batch_data["position_ids"][0].long()
+            page = table.gather(1, (place // PAGE)[:, None])[:, 0]
+            slots = (page * PAGE + place % PAGE).clamp(min=0)
+        options = self.options | {"cu_seq_q": starts, "cu_seq_k": ends}
+        if not self.fresh:
+            options |= {"seqused_k": ends.diff(), "block_table": table}
+        FlashRunner.step = torch.cat((slots, slots + PAGE)), options
+        super()._forward_process_and_sample(model, batch_data, *io)
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        self.scores[: scores.shape[1]].copy_(scores[0])
+        super()._sample(scores, output_ids)
+
+    def warmup(self, model: nn.Module) -> None:
+        """Compile the layers and capture every graph, for both sets of buffers."""
+        layers, owner = model.model.layers, self.cache.layer_to_allocator
+        views = [owner[i]._kv_token_views[i][0] for i in range(len(layers))]
+        for layer, view in zip(layers, views, strict=True):
+            # Equal sizes and no graph break let all layers share one compiled layer.
+            layer.self_attn.kv_cache = view[: len(views[-1])]
+            if can_compile():
+                layer.compile(fullgraph=True)
+        most, self.logit_processor.deferred = (
+            self.cb_config.max_requests_per_batch,
+            True,
+        )
+        self.scores = torch.empty(most, model.config.vocab_size, device=model.device)
+        decode = sorted({*(2**i for i in range(most.bit_length())), most}, reverse=True)
+        # The largest comes first: the compiled kernels are tuned for the first they see.
+        shapes = [(size, PAGE) for size in LARGE + GRAPHS[::-1]]
+        shapes += [(size, 0) for size in LARGE] + [(size, None) for size in decode]
+        for _ in range(2):
+            for self.least in (NEAR + 1, 0):
+                for tokens, past in shapes if self.least else shapes[-len(decode) :]:
+                    logger.info("warming up: %d tokens", tokens)
+                    self.prepare(model, tokens, past)
+            self.inputs_and_outputs.swap_io_pairs()
+        self.cache.reset()
+
+    def prepare(self, model: nn.Module, tokens: int, past: int | None) -> None:
+        """Run a step of so many tokens once. Raises RuntimeError if it fails."""
+        room = (self.cache.num_blocks - 1) * PAGE
+        if tokens > min(self.cache.max_batch_tokens, room):
+            return
+        # The search makes a single row's matmuls 7% faster, in 14 seconds.
+        search = {"coordinate_descent_tuning": tokens == 1}
+        with torch._inductor.config.patch(search):
+            if not self.run_one_warmup(model, tokens, past):
+                raise RuntimeError("warm-up failed; --cache-tokens may help")
+        torch.cuda.synchronize()  # the next step has the same buffers
+
+
+def can_compile() -> bool:
+    """Whether Triton, a C compiler and Python's headers are there; it needs all."""
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    header = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return compiler and header and importlib.util.find_spec("triton") is not None
+
+
+def pick_attention(device: torch.device) -> str:
+    """Teach the library this attention; its name, or "sdpa" where it cannot run."""
+    arguments = getattr(varlen_attn, "__kwdefaults__", None) or {}
+    if device.type != "cuda":
+        return "sdpa"
+    if (
+        torch.cuda.get_device_capability(device) < (8, 0)
+        or "block_table" not in arguments
+    ):
+        logger.warning("no paged flash attention on this GPU or torch: 5 times slower")
+        return "sdpa"
+    if not can_compile():
+        logger.warning("no gcc, Python headers or Triton: about a fifth slower")
+    library = flash._lazy_imports
+
+    def lazy_imports(name: str | None, *args: Any, **more: Any) -> tuple[Any, ...]:
+        if name != FLASH:
+            return library(name, *args, **more)
+        return None, varlen_attn, varlen_attn, flash._pad_input, flash._unpad_input
+
+    flash._lazy_imports = lazy_imports
+    transformers.AttentionInterface.register(FLASH, flash_attention)
+    transformers.AttentionMaskInterface.register(FLASH, flash_attention_mask)
+    continuous_api.ModelRunner = FlashRunner
+    input_outputs.ContinuousBatchingIOs._get_graph_key = lambda io: io.graph_key
+    return FLASH
+
+
+# ------------------------------------------------------------------------------
 # Engine
 # ------------------------------------------------------------------------------
 
@@ -342,6 +555,7 @@ class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
     """
 
     candidates = 1024  # top_p looks at this many likeliest tokens: no full sort
+    deferred = False
 
     def __init__(self) -> None:
         super().__init__(transformers.LogitsProcessorList())
@@ -356,17 +570,24 @@ class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
     def prepare_tensor_args(self, requests_in_batch: list, arg_storage: Tensor) -> None:
         """Millionths of temperature (0 is greedy) and top_p, top_k, key of the noise."""
         states = [r.state for r in requests_in_batch if r.has_new_token]
+        arg_storage[:, : len(states)] = 0
         for row, state in enumerate(states):
-            chosen = state.logit_processor_kwargs.get("sampling", (0, 0, 0, 0))
-            # position_offset counts prompt and answer, also after a preemption.
-            key = hash((chosen[3], state.position_offset)) & 0x7FFFFFFF
-            arg_storage[:, row] = torch.tensor((*chosen[:3], key), dtype=torch.int32)
+            if chosen := state.logit_processor_kwargs.get("sampling"):
+                # position_offset counts prompt and answer, also after a preemption.
+                key = hash((chosen[3], state.position_offset)) & 0x7FFFFFFF
+                arg_storage[:, row] = torch.tensor((*chosen[:3], key))
 
     def __call__(self, input_ids: Tensor, scores: Tensor, args: Tensor) -> Tensor:
         """scores (rows, vocabulary) float32, args (4, rows) int32."""
-        temperature, top_p, top_k, key = args[:, : len(scores), None]
-        if scores.device.type == "cpu" and not temperature.any():
-            return scores  # a CUDA graph cannot choose
+        if not self.deferred:  # FlashRunner does it, after its CUDA graph
+            rows = args[0, : len(scores)].nonzero()[:, 0]
+            if len(rows):
+                scores[rows] = self.draw(scores[rows], args[:, rows])
+        return scores
+
+    def draw(self, scores: Tensor, args: Tensor) -> Tensor:
+        """Filtered log-probabilities plus Gumbel noise, to take the arg-max of."""
+        temperature, top_p, top_k, key = args[..., None]
         logprobs = (scores * (1e6 / temperature)).log_softmax(-1)
         top = logprobs.topk(min(self.candidates, scores.shape[-1])).values
         likelier = top.exp().cumsum(-1) - top.exp()  # probability of the tokens before
@@ -381,8 +602,7 @@ class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
             mixed = (mixed ^ (mixed >> 15)) * multiplier
         uniform = ((mixed >> 8 & 0xFFFFFF).float() + 0.5) * 2.0**-24
         gumbel = -(-torch.log1p(-uniform)).log()
-        drawn = (logprobs + gumbel).masked_fill(dropped, -torch.inf)
-        return torch.where(temperature > 0, drawn, scores)
+        return (logprobs + gumbel).masked_fill(dropped, -torch.inf)
 
 
 class Unavailable(HTTPException):
@@ -440,7 +660,10 @@ class Engine:
         logger.info("loading %s on %s as %s", folder, self.device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=self.device, attn_implementation="sdpa"
+            folder,
+            dtype=dtype,
+            device_map=self.device,
+            attn_implementation=pick_attention(self.device),
         )
         # Early copies of phi-4 name the wrong end token in their config.
         vocabulary = self.tokenizer.get_vocab()
@@ -454,13 +677,13 @@ class Engine:
             raise ValueError("the tokenizer has more tokens than the model")
         self.rows = settings.max_in_flight or (128 if gpu else 16)
         self.places = asyncio.Semaphore(self.rows)
-        page = 256 if gpu else 16  # CUDA's paged attention needs multiples of 256
+        page = PAGE if gpu else 16
         cache_tokens = settings.cache_tokens or (None if gpu else 16384)
         self.capacity = model.config.max_position_embeddings
         config = transformers.ContinuousBatchingConfig(
             page_size=page,
             num_blocks=cache_tokens and -(-cache_tokens // page),
-            max_batch_tokens=settings.batch_tokens or (2048 if gpu else 256),
+            max_batch_tokens=settings.batch_tokens or (8192 if gpu else 256),
             max_requests_per_batch=self.rows,
             max_blocks_per_request=-(-self.capacity // page) if gpu else 0,
             allow_block_sharing=settings.prefix_sharing,

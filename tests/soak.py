@@ -14,6 +14,7 @@ bursts over the admission limit. Prints a table and, as the last line, JSON. Exi
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import itertools
 import json
@@ -109,17 +110,10 @@ def complete(tokenizer: Any, tokens: list[int]) -> str:
     shown = [token for token in tokens if token not in tokenizer.all_special_ids]
     # The first 256 tokens are the bytes, and no other ends inside a character.
     end = bytes(itertools.takewhile(lambda token: token < 256, shown[:-4:-1]))[::-1]
-    cut = any(is_beginning(end[at:]) for at in range(len(end)))
-    return text.removesuffix("\ufffd") if cut else text
-
-
-def is_beginning(data: bytes) -> bool:
-    """Whether the bytes begin a UTF-8 character that needs more of them."""
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.start == 0 and "unexpected end" in error.reason
-    return False
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(end)
+    cut_off = decoder.getstate()[0]
+    return text.removesuffix(cut_off.decode(errors="replace"))
 
 
 # ------------------------------------------------------------------------------

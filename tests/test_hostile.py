@@ -67,14 +67,16 @@ DISGUISES = {
 @pytest.fixture(scope="module")
 def special(phi4_server):
     """phi-4's control tokens: id to text."""
-    added = phi4_server.engine.template.func.__self__.added_tokens_decoder
+    added = phi4_server.engine.tokenizer.added_tokens_decoder
     return {index: token.content for index, token in added.items()}
 
 
-def tokens(engine, body, **options):
-    return engine.template([t.model_dump() for t in body.turns()], **options)[
-        "input_ids"
-    ]
+def tokens(engine, body, protected=True):
+    if protected:
+        return engine.template(body.turns())
+    messages = [each.model_dump() for each in body.turns()]
+    template = engine.tokenizer.apply_chat_template
+    return template(messages, add_generation_prompt=True)["input_ids"]
 
 
 def control(special, ids):
@@ -105,9 +107,7 @@ def test_without_the_protection_text_does_become_control_tokens(
         text = DISGUISES["nested"](token)
         if place == "text parts":
             text = token
-        forged = tokens(
-            phi4_server.engine, PLACES[place](text), sanitize_control_tokens=False
-        )
+        forged = tokens(phi4_server.engine, PLACES[place](text), protected=False)
         assert len(control(special, forged)) > len(control(special, harmless)), token
 
 
@@ -182,9 +182,7 @@ def test_ordinary_text_is_tokenised_as_without_the_protection(phi4_server):
     assert len(texts) > 250
     for text in texts:
         for body in (from_prompt(text), from_history("assistant")(text)):
-            unprotected = tokens(
-                phi4_server.engine, body, sanitize_control_tokens=False
-            )
+            unprotected = tokens(phi4_server.engine, body, protected=False)
             assert tokens(phi4_server.engine, body) == unprotected, text
 
 
@@ -222,7 +220,7 @@ BAD_JSON = {
     "a lone surrogate as role": fields(messages=[{"role": "\udc00", "content": ""}]),
     "a lone surrogate as stop": fields(stop="\ud800"),
     "a lone surrogate as model": fields(model="\ud800", history="\ud800"),
-    "a lone surrogate inside": fields(stream_options={"\ud800": True}, history=0),
+    "a lone surrogate inside": fields(response_format={"\ud800": "text"}),
     "invalid UTF-8 as field name": b'{"\xff": 1}',
     "NaN": fields(temperature=float("nan")),
     "infinity": fields(temperature=float("inf")),
@@ -257,12 +255,20 @@ def test_broken_json_is_the_clients_error(server, path, name):
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_of_a_field_given_twice_the_last_counts(server, path):
-    data = fields()[:-1] + b', "max_tokens": 0, "temperature": 9, "temperature": 0}'
-    data = data.replace(b'"max_tokens": 0,', b"")
-    if path == "/":
-        data = b'{"prompt": 5, "prompt": "x", "max_new_tokens": 1}'
-    answer = requests.post(server.url + path, data=data, timeout=60)
-    assert answer.status_code == 200, answer.text
+    extra = {"max_new_tokens": 1} if path == "/" else {"max_tokens": 1}
+    body = {"prompt": "x"} if path == "/" else {"messages": [turn("user", "x")]}
+    once = json.dumps(body | extra).encode()[:-1]
+    for twice, status in (
+        (b', "temperature": 9, "temperature": 0}', 200),
+        (b', "temperature": 0, "temperature": 9}', 422 if path == "/" else 400),
+    ):
+        answer = requests.post(
+            server.url + path,
+            data=once + twice,
+            headers={"Content-Type": "application/json"},
+            timeout=60,
+        )
+        assert answer.status_code == status, answer.text
 
 
 # ------------------------------------------------------------------------------

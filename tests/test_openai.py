@@ -297,12 +297,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ("messages", [{"role": "tool", "content": "x", "tool_call_id": "1"}]),
         ("messages", [{"role": "user", "content": "\ud800"}]),
         ("messages", [{"role": "user"}]),
-        ("modalities", ["text", "audio"]),
-        ("audio", {"voice": "alloy", "format": "wav"}),
-        ("tool_choice", "required"),
-        ("function_call", {"name": "f"}),
-        ("top_logprobs", 5),
-        ("web_search_options", {}),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(server, field, value):

@@ -1,0 +1,205 @@
+"""The GPU's attention on a CPU: every path of it, with the kernel replaced by a
+reference that refuses what the kernel would get wrong."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.generation.continuous_batching import continuous_api, initialization
+
+import api
+
+SMALL = {"PAGE": 16, "GRAPHS": (16, 32, 64), "LARGE": (128, 96), "NEAR": 40}
+PATHS: set[tuple] = set()
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    num_splits: int | None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """`varlen_attn`, row by row; NaN where nothing is attended."""
+    PATHS.add((max_q == 1, block_table is not None, num_splits))
+    out = torch.full_like(query, torch.nan)
+    for row in range(len(cu_seq_q) - 1):
+        start, end = cu_seq_q[row : row + 2].tolist()
+        if start == end:
+            continue
+        assert end - start <= max_q
+        if block_table is None:
+            first, last = cu_seq_k[row : row + 2].tolist()
+            k, v = key[first:last], value[first:last]
+        else:
+            used = int(seqused_k[row])
+            pages = block_table[row, : -(-used // api.PAGE)].long()
+            k, v = (x[pages].flatten(0, 1)[:used] for x in (key, value))
+        assert len(k) <= max_k  # the kernel would drop what lies beyond
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[start:end], k, v))
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        mask = mask.tril(k.shape[2] - q.shape[2])
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        out[start:end] = attended[0].transpose(0, 1)
+    return out
+
+
+class CpuRunner(api.FlashRunner):
+    """The library pads and pairs buffers for GPUs only: pretend."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.pad_inputs, ios = True, self.inputs_and_outputs
+        ios.io_pairs = [SimpleNamespace(host_io=ios, device_io=ios)]
+        ios.current_pair, ios.swap_io_pairs = 0, lambda: None
+
+
+@pytest.fixture
+def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine whose CPU passes for a GPU, as far as the attention can tell."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(api, name, value)
+    monkeypatch.setattr(api, "can_compile", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    nothing = lambda *_, **__: None  # noqa: E731
+    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", nothing)
+    # What pick_attention sets stays set: have it undone.
+    for module, name in (
+        (api.flash, "_lazy_imports"),
+        (continuous_api, "ModelRunner"),
+        (api.input_outputs.ContinuousBatchingIOs, "_get_graph_key"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(api, "varlen_attn", api.varlen_attn)
+    yield monkeypatch
+
+
+def model(seed: int = 0) -> transformers.PreTrainedModel:
+    torch.manual_seed(seed)
+    config = transformers.Phi3Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=200,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def answers(
+    served: transformers.PreTrainedModel, prompts: list[list[int]], sampled: tuple = ()
+) -> list[list[int]]:
+    """All but the last prompt in flight at once, then that one; 24 tokens each."""
+    greedy = transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0)
+    config = transformers.ContinuousBatchingConfig(
+        page_size=16,
+        num_blocks=200,
+        max_batch_tokens=128,
+        max_requests_per_batch=8,
+        max_blocks_per_request=20,
+    )
+    manager = served.init_continuous_batching(greedy, config)
+    manager.logit_processor = api.Sampler()
+    manager.warmup()
+    manager.start()
+    done: dict[str, list[int]] = {}
+    try:
+        for batch in (range(len(prompts) - 1), [len(prompts) - 1]):
+            for i in batch:
+                extra = {"sampling": (10**6, 10**6, 0, 7)} if i in sampled else {}
+                manager.add_request(prompts[i], str(i), max_new_tokens=24, **extra)
+            while not all(str(i) in done for i in batch):
+                output = manager.get_result(timeout=30)
+                assert output and not output.error, output
+                if output.is_finished():
+                    done[output.request_id] = output.generated_tokens
+    finally:
+        manager.stop(block=True, timeout=30)
+    return [done[str(i)] for i in range(len(prompts))]
+
+
+def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
+    played_gpu.setattr(api.varlen_attn, "__kwdefaults__", {"block_table": None})
+    served = model()
+    served.set_attn_implementation(api.pick_attention(torch.device("cuda")))
+    played_gpu.setattr(api, "varlen_attn", reference)
+    played_gpu.setattr(continuous_api, "ModelRunner", CpuRunner)
+    generator = torch.Generator().manual_seed(1)
+    lengths = [5, 15, 16, 17, 33, 40, 100, 128, 150, 200, 64, 63]  # page borders too
+    prompts = [
+        torch.randint(3, 200, (n,), generator=generator).tolist() for n in lengths
+    ]
+    prompts.append(prompts[9][:160] + prompts[0])  # finds its beginning in the cache
+    PATHS.clear()
+    mixed = answers(served, prompts, sampled=(1, 3))
+    plain = model()
+    for i, (prompt, answer) in enumerate(zip(prompts, mixed, strict=True)):
+        expected = plain.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        assert (answer == expected) is (i not in (1, 3)), i
+    assert PATHS == {
+        (True, True, 1),  # decoding near
+        (True, True, None),  # and far
+        (False, True, 1),  # prefill from pages
+        (False, False, 1),  # prefill of nothing cached
+    }
+    alone = answers(served, [prompts[1], prompts[3]], sampled=(0, 1))
+    assert alone == [mixed[1], mixed[3]]  # the seed's answers, whatever else is there
+
+
+def test_without_varlen_attn_the_library_attends(
+    played_gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda = torch.device("cuda")
+    assert api.pick_attention(torch.device("cpu")) == "sdpa"
+    played_gpu.setattr(api, "varlen_attn", None)
+    assert api.pick_attention(cuda) == "sdpa"
+    played_gpu.undo()
+    played_gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert api.pick_attention(cuda) == "sdpa"
+    assert len(caplog.records) == 2  # one line each says what it costs
+
+
+def test_compiling_needs_all_of_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(api.Path, "exists", lambda path: path.name == "Python.h")
+    assert api.can_compile()
+    for module, name in ((api.shutil, "which"), (api.importlib.util, "find_spec")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda name: None)
+            assert not api.can_compile()
+    monkeypatch.setattr(api.Path, "exists", lambda path: False)
+    assert not api.can_compile()
+
+
+logging.getLogger("phi4").propagate = True

@@ -1,0 +1,121 @@
+"""The try-it page, its examples, and the schema behind it. `docs_page.py` looks at
+the page in a browser."""
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import api
+import pytest
+import requests
+import tiny
+from conftest import DEADLINE, Running, running
+from openapi_spec_validator import validate
+
+METHODS = {("/", "post"), ("/v1/chat/completions", "post"), ("/v1/models", "get"), ("/health", "get")}
+
+
+@pytest.fixture(scope="module")
+def schema(server: Running) -> dict[str, Any]:
+    return requests.get(server.url + "/openapi.json", timeout=DEADLINE).json()
+
+
+def operations(schema: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(p, m, op) for p, methods in schema["paths"].items() for m, op in methods.items()]
+
+
+def resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node:
+        node = schema["components"]["schemas"][node["$ref"].rpartition("/")[2]]
+    return node
+
+
+def test_the_document_is_valid_openapi(schema):
+    validate(schema)
+    assert {(path, method) for path, method, _ in operations(schema)} == METHODS
+
+
+def test_every_operation_says_what_it_does_and_how_it_fails(schema):
+    for path, method, operation in operations(schema):
+        assert operation["summary"] and operation["description"], path
+        answers = operation["responses"]
+        assert "application/json" in answers["200"]["content"]
+        if method == "post":
+            assert {"400", "401", "408", "413", "500", "503", "504"} <= set(answers)
+            assert ("422" in answers) == (path == "/"), path
+            assert "text/event-stream" in answers["200"]["content"]
+        for response in answers.values():
+            assert response["description"]
+
+
+def test_the_ranges_are_in_the_schema(schema):
+    for name in ("ChatRequest", "OpenAIRequest"):
+        fields = schema["components"]["schemas"][name]["properties"]
+        ranges = {
+            "temperature": {"minimum": 0, "maximum": 2},
+            "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+            "top_k": {"minimum": 0, "maximum": 1024},
+        }
+        for field, limits in ranges.items():
+            assert limits.items() <= fields[field]["anyOf"][0].items(), field
+            assert fields[field]["description"]
+
+
+def test_examples_run_as_they_are(server, schema):
+    ran = 0
+    for path, method, operation in operations(schema):
+        if method != "post":
+            continue
+        media = operation["requestBody"]["content"]["application/json"]
+        given = [example["value"] for example in media.get("examples", {}).values()]
+        body = resolved(schema, media["schema"])
+        given += body.get("examples", [])
+        # Swagger UI makes one from the examples of the fields.
+        fields = {name: field["examples"][0] for name, field in body["properties"].items() if "examples" in field}
+        assert set(body.get("required", [])) <= set(fields) or given
+        for example in [*given, *([fields] if fields else [])]:
+            response = server.post(path=path, **example) if path != "/" else server.post(**example)
+            assert response.status_code == 200, response.text
+            ran += 1
+    assert ran >= 2
+
+
+def test_the_page_loads_its_assets_from_where_the_setting_says(tiny_folder, server):
+    page = requests.get(server.url + "/docs", timeout=DEADLINE)
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/swagger-ui-bundle.js" in page.text
+    address = "http://127.0.0.1:1/assets"
+    with running(model=tiny_folder, docs_assets=address + "/", api_key="k") as served:
+        text = requests.get(served.url + "/docs", timeout=DEADLINE).text
+    outside = re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    assert len(outside) == 3 and all(url.startswith(address + "/") for url in outside)
+    assert "openapi.json" in text and "//swagger-ui" not in text
+
+
+def test_a_key_can_be_entered_on_the_page(schema):
+    [scheme] = schema["components"]["securitySchemes"].values()
+    assert scheme["type"] == "http" and scheme["scheme"] == "bearer"
+    secured = {path for path, _, operation in operations(schema) if operation.get("security")}
+    assert secured == {"/", "/v1/chat/completions", "/v1/models"}
+
+
+def test_the_demo_says_that_it_is_not_phi_4():
+    document = api.create_app(api.Settings(demo=True)).openapi()
+    assert "not phi-4" in document["info"]["description"]
+
+
+def test_no_generated_request_breaks_the_server_or_its_schema(tmp_path):
+    """Every check of schemathesis, on systematic and on random requests."""
+    tiny.tiny_model(tmp_path, context=2048, eos="always")  # the text does not matter
+    with running(model=tmp_path) as served:
+        command = [sys.executable, "-m", "schemathesis.cli", "run", served.url + "/openapi.json"]
+        command += ["--checks=all", "--phases=examples,coverage,fuzzing", "--max-examples=40"]
+        command += ["--generation-deterministic", "--no-color", "--continue-on-failure", "--seed=1"]
+        probe = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert probe.returncode == 0, probe.stdout[-6000:] + probe.stderr
+
+
+def test_the_document_is_plain_json(schema):
+    assert json.loads(json.dumps(schema)) == schema

@@ -1,0 +1,152 @@
+"""API keys, request ids, what is logged, and the warning about an open port."""
+
+import logging
+import secrets
+
+import api
+import pytest
+import requests
+from conftest import running
+
+KEYS = "first-key, second-key"
+OPEN = "/health", "/docs", "/openapi.json"
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_folder):
+    with running(model=tiny_folder, api_key=KEYS) as served:
+        yield served
+
+
+def ask(served, method, path, authorization=None, **more):
+    headers = {"Authorization": authorization} if authorization else {}
+    url = served.url + path
+    return requests.request(method, url, headers=headers, timeout=60, **more)
+
+
+PROTECTED = [
+    ("POST", "/", {"prompt": "x", "max_new_tokens": 1}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    ),
+    ("GET", "/v1/models", None),
+]
+WRONG = [
+    None,
+    "Bearer",
+    "Bearer ",
+    "Bearer wrong",
+    "Bearer first-ke",
+    "Bearer first-key2",
+    "Bearer FIRST-KEY",
+    "Bearer first-key, second-key",
+    "Bearer ,",
+    "Basic first-key",
+    "first-key",
+    "Bearer \u00e9\u00ff",
+]
+
+
+@pytest.mark.parametrize("authorization", WRONG)
+@pytest.mark.parametrize(("method", "path", "body"), PROTECTED)
+def test_without_a_key_there_is_no_answer(locked, method, path, body, authorization):
+    answer = ask(locked, method, path, authorization, json=body)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert "key" in answer.text
+    assert "first" not in answer.text
+    assert set(answer.json()) == ({"error"} if "/v1" in path else {"detail"})
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+@pytest.mark.parametrize("key", ["first-key", "second-key"])
+@pytest.mark.parametrize(("method", "path", "body"), PROTECTED)
+def test_every_key_opens_every_route(locked, method, path, body, key, scheme):
+    answer = ask(locked, method, path, f"{scheme} {key}", json=body)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_pages_without_model_data_stay_open(locked, path):
+    assert ask(locked, "GET", path).status_code == 200
+
+
+def test_everything_else_in_the_schema_declares_the_key(locked):
+    schema = ask(locked, "GET", "/openapi.json").json()
+    schemes = schema["components"]["securitySchemes"]
+    assert schemes["HTTPBearer"] == {"type": "http", "scheme": "bearer"}
+    for path, methods in schema["paths"].items():
+        for operation in methods.values():
+            assert ("security" in operation) == (path not in OPEN), path
+
+
+def test_keys_are_compared_in_constant_time(locked, monkeypatch):
+    """Every key is, with the function made for it, also after a match."""
+    compared, compare = [], secrets.compare_digest
+
+    def spy(given, key):
+        compared.append(key)
+        return compare(given, key)
+
+    monkeypatch.setattr(api.secrets, "compare_digest", spy)
+    for key in ("first-key", "second-key", "neither"):
+        ask(locked, "GET", "/v1/models", f"Bearer {key}")
+    assert compared == [b"first-key", b"second-key"] * 3
+
+
+def test_no_key_set_means_none_needed(server):
+    assert ask(server, "GET", "/v1/models").status_code == 200
+    assert ask(server, "GET", "/v1/models", "Bearer any").status_code == 200
+
+
+@pytest.mark.parametrize("given", ["a", "7f-1:2.3_Z", "x" * 128])
+def test_a_clients_request_id_comes_back(server, given):
+    answer = requests.get(server.url + "/health", headers={"X-Request-ID": given})
+    assert answer.headers["X-Request-ID"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a b", "a/b", "x" * 129, "\u00e9", "a\tb", '"'])
+def test_an_ill_formed_request_id_is_replaced(server, given):
+    answer = requests.get(
+        server.url + "/health", headers={"X-Request-ID": given.encode("latin-1")}
+    )
+    assert answer.headers["X-Request-ID"] != given
+    assert answer.headers["X-Request-ID"].isalnum()
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/", "/v1/models"])
+def test_errors_have_a_request_id_too(locked, path):
+    assert ask(locked, "POST", path).headers["X-Request-ID"]
+
+
+def test_a_request_is_one_line_of_log_without_its_text(server, caplog):
+    caplog.set_level(logging.INFO)
+    answer = server.post("something private", max_new_tokens=3)
+    name = answer.headers["X-Request-ID"]
+    [line] = [r.getMessage() for r in caplog.records if name in r.getMessage()]
+    for part in ("POST /", "200", "in=", "out=3", "first=", "total="):
+        assert part in line
+    assert "private" not in caplog.text
+    assert answer.json()["response"] not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ((), True),
+        (("--host", "127.0.0.1"), False),
+        (("--host", "0.0.0.0", "--api-key", "k"), False),
+        (("--host", "0.0.0.0", "--api-key", " , "), True),
+    ],
+)
+def test_an_open_port_is_warned_about(
+    tiny_folder, monkeypatch, caplog, options, warned
+):
+    monkeypatch.setattr(api.Server, "run", lambda self, sockets: sockets[0].close())
+    command = ["api.py", "--model", str(tiny_folder), "--device", "cpu", *options]
+    monkeypatch.setattr("sys.argv", [*command, "--port", "6996"])
+    assert api.main() == 0
+    lines = [r for r in caplog.records if "no API key" in r.getMessage()]
+    assert len(lines) == warned
