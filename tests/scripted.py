@@ -5,7 +5,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import requests
 import tiny
@@ -60,10 +60,10 @@ class Gate:
         self.changed, self.left, self.broken = threading.Condition(), math.inf, False
         engine.manager.model.register_forward_pre_hook(self.wait)
 
-    def __enter__(self) -> "Gate":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.allow()
 
     def allow(self, passes: float = math.inf) -> None:

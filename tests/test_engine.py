@@ -17,7 +17,9 @@ from conftest import DEADLINE, Running, running, wait_until
 import api
 import model_download
 
-PROMPTS = [f"{n}: " + "tell me about the number " * (n % 5) + str(n * n) for n in range(32)]
+PROMPTS = [
+    f"{n}: " + "tell me about the number " * (n % 5) + str(n * n) for n in range(32)
+]
 
 
 def answer(server: Running, **body: Any) -> str:
@@ -36,6 +38,7 @@ def still_serves(server: Running) -> None:
 
 def generate(server: Running, tokens: list[Any], limit: int = 4) -> api.Answer:
     """Past the wire format, straight to the engine."""
+
     async def submit() -> api.Answer:
         done = api.Answer("test", None)
         await server.engine.generate(tokens, limit, done, {})
@@ -64,7 +67,9 @@ def reference(folder: Path, turns: list[list[dict]], new: int) -> list[list[int]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     greedy = transformers.GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=model.generation_config.eos_token_id
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
     )
     answers = []
     for turn in turns:
@@ -76,7 +81,9 @@ def reference(folder: Path, turns: list[list[dict]], new: int) -> list[list[int]
     return answers
 
 
-def engine_answers(server: Running, turns: list[list[dict]], new: int) -> list[list[int]]:
+def engine_answers(
+    server: Running, turns: list[list[dict]], new: int
+) -> list[list[int]]:
     """The same from the engine, all in flight at once, as token ids."""
     seen: dict[str, list[int]] = {}
     engine = server.engine
@@ -155,7 +162,9 @@ def test_the_cache_can_be_smaller_than_the_context(tiny_folder: Path) -> None:
 
 def test_requests_that_fill_the_cache_wait_for_each_other(tiny_folder: Path) -> None:
     with running(model=tiny_folder, cache_tokens=256, prefix_sharing=False) as server:
-        alone = [answer(server, prompt=f"{n}" * 150, max_new_tokens=90) for n in range(4)]
+        alone = [
+            answer(server, prompt=f"{n}" * 150, max_new_tokens=90) for n in range(4)
+        ]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             jobs = [
                 pool.submit(answer, server, prompt=f"{n}" * 150, max_new_tokens=90)
@@ -192,7 +201,9 @@ def test_same_request_id_twice_at_once(server: Running) -> None:
         {"temperature": 0.5, "top_k": 0, "top_p": 1},
     ],
 )
-def test_every_legal_sampling_value_is_survived(server: Running, sampling: dict) -> None:
+def test_every_legal_sampling_value_is_survived(
+    server: Running, sampling: dict
+) -> None:
     thread = server.engine.manager._generation_thread
     assert answer(server, prompt="dice", max_new_tokens=5, **sampling)
     assert server.engine.manager._generation_thread is thread
@@ -212,7 +223,9 @@ def leave(server: Running, monkeypatch: pytest.MonkeyPatch) -> int:
 
     monkeypatch.setattr(manager.model, "forward", slowly)
     with pytest.raises(requests.ReadTimeout):
-        requests.post(server.url, json={"prompt": "go", "max_new_tokens": 490}, timeout=0.2)
+        requests.post(
+            server.url, json={"prompt": "go", "max_new_tokens": 490}, timeout=0.2
+        )
     wait_until(server.idle)
     return manager.current_batch - before
 
@@ -290,7 +303,10 @@ def test_request_that_the_dying_thread_never_saw(
 ) -> None:
     """Put in after the loop's end it would wait for ever."""
     manager = fragile.engine.manager
-    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with (
+        monkeypatch.context() as patch,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
         patch.setattr(manager, "add_request", lambda tokens, name, *a, **k: name)
         future = pool.submit(fragile.post)
         wait_until(lambda: fragile.engine.answers)

@@ -3,10 +3,11 @@
 import logging
 import secrets
 
-import api
 import pytest
 import requests
-from conftest import running
+from conftest import running, wait_until
+
+import api
 
 KEYS = "first-key, second-key"
 OPEN = "/health", "/docs", "/openapi.json"
@@ -125,6 +126,7 @@ def test_a_request_is_one_line_of_log_without_its_text(server, caplog):
     caplog.set_level(logging.INFO)
     answer = server.post("something private", max_new_tokens=3)
     name = answer.headers["X-Request-ID"]
+    wait_until(lambda: name in caplog.text)
     [line] = [r.getMessage() for r in caplog.records if name in r.getMessage()]
     for part in ("POST /", "200", "in=", "out=3", "first=", "total="):
         assert part in line

@@ -94,18 +94,26 @@ def test_a_stream_has_the_shape_of_openai(counting, say):
     found = [data for _, data in scripted.events(response)]
     assert found[-1] == "[DONE]" and found.count("[DONE]") == 1
     assert all("usage" not in json.loads(data) for data in found[:-1])
-    chunks = [ChatCompletionChunk.model_validate_json(data, strict=True) for data in found[:-1]]
+    chunks = [
+        ChatCompletionChunk.model_validate_json(data, strict=True)
+        for data in found[:-1]
+    ]
     assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
     assert chunks[0].model == "phi-4" and chunks[0].object == "chat.completion.chunk"
     first, last = chunks[0].choices[0], chunks[-1].choices[0]
     assert first.delta.role == "assistant" and not first.delta.content
     assert all(c.choices[0].delta.role is None for c in chunks[1:])
-    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (
+        len(chunks) - 1
+    )
     assert last.finish_reason == "stop" and last.delta.content is None
     assert text_of(chunks) == "Hi you"
 
 
-@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_usage": True, "include_obfuscation": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{"include_usage": True}, {"include_usage": True, "include_obfuscation": False}],
+)
 def test_usage_comes_last_in_a_stream_that_asks_for_it(counting, say, client, options):
     say(b"a", b"b")
     chunks = list(
@@ -119,11 +127,19 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(counting, say, client, op
     assert chunks[-1].usage == whole.usage
 
 
-@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
+@pytest.mark.parametrize(
+    "options", [None, {}, {"include_usage": False}, {"include_usage": None}]
+)
 def test_no_usage_in_a_stream_that_does_not(counting, say, options):
     say(b"a")
-    found = [d for _, d in scripted.events(ask(counting, stream=True, stream_options=options))]
-    assert all(json.loads(d).get("usage") is None and json.loads(d)["choices"] for d in found[:-1])
+    found = [
+        d
+        for _, d in scripted.events(ask(counting, stream=True, stream_options=options))
+    ]
+    assert all(
+        json.loads(d).get("usage") is None and json.loads(d)["choices"]
+        for d in found[:-1]
+    )
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
@@ -131,8 +147,14 @@ def test_finish_reasons(say, client, field):
     say(b"a", b"b", b"c")
 
     def finish(**body: Any) -> tuple[str, str]:
-        [choice] = client.chat.completions.create(model=MODEL, messages=HELLO, **body).choices
-        chunks = list(client.chat.completions.create(model=MODEL, messages=HELLO, stream=True, **body))
+        [choice] = client.chat.completions.create(
+            model=MODEL, messages=HELLO, **body
+        ).choices
+        chunks = list(
+            client.chat.completions.create(
+                model=MODEL, messages=HELLO, stream=True, **body
+            )
+        )
         assert chunks[-1].choices[0].finish_reason == choice.finish_reason
         assert text_of(chunks) == choice.message.content
         return choice.message.content, choice.finish_reason
@@ -148,7 +170,9 @@ def test_every_kind_of_message_reaches_the_template(counting, say, monkeypatch):
     say(b"x")
     seen = []
     template = counting.engine.template
-    monkeypatch.setattr(counting.engine, "template", lambda turns: seen.append(turns) or template(turns))
+    monkeypatch.setattr(
+        counting.engine, "template", lambda turns: seen.append(turns) or template(turns)
+    )
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief"},
@@ -160,7 +184,9 @@ def test_every_kind_of_message_reaches_the_template(counting, say, monkeypatch):
     roles = ["system", "user", "assistant", "user"]
     texts = ["be brief", "你好", "hi", "ab"]
     turns = [turn if isinstance(turn, dict) else turn.model_dump() for turn in seen[0]]
-    assert turns == [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    assert turns == [
+        {"role": r, "content": t} for r, t in zip(roles, texts, strict=True)
+    ]
 
 
 def test_models(counting, client):
@@ -181,7 +207,9 @@ def test_the_asynchronous_client(counting, say):
 
     async def both() -> tuple[Any, str]:
         url = f"{counting.url}/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=DEADLINE) as client:
+        async with openai.AsyncOpenAI(
+            base_url=url, api_key="none", timeout=DEADLINE
+        ) as client:
             whole = client.chat.completions.create(model=MODEL, messages=HELLO)
             chunks = await client.chat.completions.create(
                 model=MODEL, messages=HELLO, stream=True
@@ -196,7 +224,9 @@ def test_a_client_times_out_and_its_place_is_free_again(counting, say, client):
     say(b"a", b"b")
     counting.gate.allow(0)
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.3).chat.completions.create(model=MODEL, messages=HELLO)
+        client.with_options(timeout=0.3).chat.completions.create(
+            model=MODEL, messages=HELLO
+        )
     wait_until(lambda: not counting.engine.pending)
     counting.gate.allow()
     answer = client.chat.completions.create(model=MODEL, messages=HELLO)
@@ -206,7 +236,9 @@ def test_a_client_times_out_and_its_place_is_free_again(counting, say, client):
 def test_a_client_closes_its_stream(counting, say, client):
     say(*[b"x"] * 200)
     counting.gate.allow(2)
-    with client.chat.completions.create(model=MODEL, messages=HELLO, stream=True) as chunks:
+    with client.chat.completions.create(
+        model=MODEL, messages=HELLO, stream=True
+    ) as chunks:
         next(chunks)
     wait_until(lambda: not counting.engine.pending)
 
@@ -225,11 +257,18 @@ def test_a_client_tries_again_after_a_503(counting_folder, monkeypatch, stream):
 
         hooks = {"response": [note]}
         http = openai.DefaultHttpxClient(event_hooks=hooks)
-        with ThreadPoolExecutor(1) as pool, connect(served, max_retries=4, http_client=http) as client:
+        with (
+            ThreadPoolExecutor(1) as pool,
+            connect(served, max_retries=4, http_client=http) as client,
+        ):
             first = pool.submit(ask, served)
             wait_until(lambda: served.engine.pending == 1)
-            answer = client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
-            text = text_of(list(answer)) if stream else answer.choices[0].message.content
+            answer = client.chat.completions.create(
+                model=MODEL, messages=HELLO, stream=stream
+            )
+            text = (
+                text_of(list(answer)) if stream else answer.choices[0].message.content
+            )
             assert first.result().status_code == 200
         assert text == "a" and statuses[0] == 503 and statuses[-1] == 200
 
@@ -252,7 +291,11 @@ def test_langchain(counting, say):
 
     say(b"ab", b"c", b"d")
     chat = ChatOpenAI(
-        base_url=f"{counting.url}/v1", api_key="none", model=MODEL, temperature=0, stop=["d"]
+        base_url=f"{counting.url}/v1",
+        api_key="none",
+        model=MODEL,
+        temperature=0,
+        stop=["d"],
     )
     answer = chat.invoke([("system", "be brief"), ("human", "hello")])
     assert answer.content == "abc"
@@ -333,13 +376,17 @@ def test_errors_of_the_client_become_its_exceptions(counting, client):
     error_of(wrong_method)
     for body in (b"{", b"[]", b"\xff", b""):
         headers = {"Content-Type": "application/json"}
-        response = requests.post(counting.url + PATH, data=body, headers=headers, timeout=DEADLINE)
+        response = requests.post(
+            counting.url + PATH, data=body, headers=headers, timeout=DEADLINE
+        )
         assert response.status_code == 400
         error_of(response)
 
 
 def test_a_wrong_key_is_a_401(tiny_folder):
-    with running(model=tiny_folder, api_key="right, second", max_body_bytes=2048) as served:
+    with running(
+        model=tiny_folder, api_key="right, second", max_body_bytes=2048
+    ) as served:
         for key in ("right", "second"):
             with connect(served, api_key=key) as client:
                 assert client.models.list().data
@@ -350,7 +397,10 @@ def test_a_wrong_key_is_a_401(tiny_folder):
                 client.models.list()
         assert ask(served).headers["WWW-Authenticate"] == "Bearer"
         error_of(ask(served))
-        with connect(served, api_key="right") as client, pytest.raises(openai.APIStatusError) as large:
+        with (
+            connect(served, api_key="right") as client,
+            pytest.raises(openai.APIStatusError) as large,
+        ):
             client.chat.completions.create(model="x" * 3000, messages=HELLO)
         assert large.value.status_code == 413
         error_of(large.value.response)

@@ -74,9 +74,7 @@ def test_missing_file_is_named(tiny_folder: Path, tmp_path: Path, name: str) -> 
 def test_port_in_use(tiny_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        said = refused(
-            ["--model", str(tiny_folder), "--device", "cpu", "--port", port]
-        )
+        said = refused(["--model", str(tiny_folder), "--device", "cpu", "--port", port])
         assert port in said and "in use" in said
 
 
@@ -154,7 +152,9 @@ def test_port_opens_at_once_and_answers_503_until_ready(
         health = requests.get(server.url + "/health", timeout=5)
         assert (health.status_code, health.json()["status"]) == (503, "loading")
         for path in ("/", "/v1/chat/completions"):
-            body = {"messages": [{"role": "user", "content": "x"}]} if path != "/" else {}
+            body = (
+                {"messages": [{"role": "user", "content": "x"}]} if path != "/" else {}
+            )
             early = server.post(path=path, **body)
             assert early.status_code == 503 and early.headers["Retry-After"] == "1"
         gate.set()
@@ -207,7 +207,9 @@ def test_signal_lets_answers_finish(tiny_folder: Path, sig: int) -> None:
             thread = threading.Thread(target=ask)
             thread.start()
             process.send_signal(sig)
-            data = [json.loads(line[6:]) for line in lines if line.startswith(b"data: ")]
+            data = [
+                json.loads(line[6:]) for line in lines if line.startswith(b"data: ")
+            ]
         thread.join()
         assert list(data[-1]) == ["response", "history", "status", "time"]
         assert replies[0].status_code in (200, 503)

@@ -1,0 +1,134 @@
+"""Leaving: the signals, what clients see meanwhile, and what a kill leaves behind."""
+
+import contextlib
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import tiny
+from conftest import spawned, wait_until
+
+OPTIONS = ("--device", "cpu", "--dtype", "float32", "--max-in-flight", "1")
+LONG, ENDLESS = 1000, 15000  # tokens: seconds; minutes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that can be made to talk for as long as a test needs."""
+    path = tmp_path_factory.mktemp("models") / "talker"
+    tiny.tiny_model(path, context=16384, eos="never")
+    return path
+
+
+@pytest.fixture
+def start(folder):
+    with contextlib.ExitStack() as stack:
+        yield lambda *more, wait=True: stack.enter_context(
+            spawned("--model", str(folder), *OPTIONS, *more, wait=wait)
+        )
+
+
+def begin(server, limit, session=requests):
+    """A stream whose first piece has come; its pieces."""
+    body = {"prompt": "x", "max_new_tokens": limit, "stream": True}
+    answer = session.post(server.url, json=body, stream=True, timeout=120)
+    pieces = answer.iter_content(None)
+    return next(pieces), pieces
+
+
+def health(server):
+    return requests.get(server.url + "/health", timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
+    server = start()
+    with (
+        requests.Session() as kept,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as queued,
+    ):
+        assert kept.get(server.url + "/health").status_code == 200
+        first, pieces = begin(server, LONG)
+        body = json.dumps({"prompt": "y", "max_new_tokens": 3}).encode()
+        head = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+        head += "Content-Type: application/json\r\nConnection: close\r\n\r\n"
+        queued.sendall(head.encode() + body)  # the only place is taken: it waits
+        time.sleep(0.1)
+        server.send_signal(number)
+        wait_until(lambda: "leaving" in server.log())
+        assert "2 requests" in server.log()
+        answer = kept.get(server.url + "/health")
+        assert (answer.status_code, answer.json()["status"]) == (503, "draining")
+        for session in (kept, requests):
+            answer = session.post(server.url, json={"prompt": "z"}, timeout=60)
+            assert answer.status_code == 503
+            assert answer.headers["Retry-After"]
+        last = (first + b"".join(pieces)).decode().split("\n\n")[-2]
+        assert "history" in json.loads(last.removeprefix("data: "))
+        received = b""
+        while piece := queued.recv(65536):
+            received += piece
+        assert received.startswith(b"HTTP/1.1 200")
+    assert server.wait(60) == 0
+    assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(start, number):
+    server = start()
+    begin(server, ENDLESS)
+    server.send_signal(number)
+    wait_until(lambda: health(server).status_code == 503)
+    server.send_signal(number)
+    assert server.wait(60) == 128 + number
+    assert "Traceback" not in server.log()
+
+
+def test_no_answer_is_waited_for_longer_than_the_drain_timeout(start):
+    server = start("--drain-timeout", "0.5")
+    first, pieces = begin(server, ENDLESS)
+    server.send_signal(signal.SIGTERM)
+    with contextlib.suppress(requests.exceptions.ChunkedEncodingError):
+        first += b"".join(pieces)
+    assert b"history" not in first  # it was cut
+    assert server.wait(60) == 0
+    assert "Traceback" not in server.log()
+
+
+def test_an_idle_server_leaves_although_connections_are_open(start):
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port)) as idle:
+        idle.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+        with requests.Session() as kept:
+            kept.get(server.url + "/health")
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+    assert "Traceback" not in server.log()
+
+
+def files(folder: Path):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_after_a_kill_the_next_start_is_ready_and_nothing_is_left(start, folder):
+    before = files(folder)
+    server = start()
+    _, pieces = begin(server, ENDLESS)
+    server.kill()
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        b"".join(pieces)
+    assert server.wait(60) == -signal.SIGKILL
+    start("--port", str(server.port), wait=False)  # the same port, at once
+
+    def ready():
+        with contextlib.suppress(requests.ConnectionError):
+            return health(server).ok
+
+    wait_until(ready, 120)
+    body = {"prompt": "x", "max_new_tokens": 2}
+    assert requests.post(server.url, json=body, timeout=60).ok
+    assert files(folder) == before

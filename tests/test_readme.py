@@ -1,0 +1,428 @@
+"""README.md: its commands are run, its outputs and tables are compared."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import scripted
+import torch
+from conftest import DEADLINE, ROOT, Running, free_port, running, spawned, wait_until
+
+import api
+import model_download
+
+README = (ROOT / "README.md").read_text()
+ADDRESS = "127.0.0.1:6006"
+
+# Fenced blocks as (language, text), and their lines where they are commands.
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()
+]
+
+# Beginnings of commands that no test can run as printed, and why.
+NOT_RUN = {
+    "pip install -r requirements.txt && python api.py --demo": ".ci/run does",
+    "pip install -r tests/requirements.txt && python -m pytest": ".ci/run does",
+    "pip install -i https://pypi.tuna": "a mirror on the internet",
+    "pip install torch==2.13.0 --index-url": "PyTorch's index, and an old driver",
+    "ssh ": "needs a rented machine",
+    "docker run ": "needs a Docker daemon and a GPU",
+}
+# Beginnings of commands whose options are checked, because phi-4 itself is too large.
+PARSED = ("python model_download.py", "HF_ENDPOINT=", "python api.py")
+RUN = ("curl ", "python py_api.py", "export OPENAI_BASE_URL=")
+
+
+def one_with(language: str, part: str = "") -> str:
+    """The text of the only block in this language that contains `part`."""
+    (text,) = {text for kind, text in BLOCKS if kind == language and part in text}
+    return text.strip()
+
+
+def shown_after(part: str) -> str:
+    """The block that follows the one with `part`: its output."""
+    first = next(n for n, (_, text) in enumerate(BLOCKS) if part in text)
+    return BLOCKS[first + 1][1].strip()
+
+
+def test_every_block_has_a_test() -> None:
+    assert README.count("```") == 2 * len(BLOCKS)
+    for command in COMMANDS:
+        assert command.startswith((*NOT_RUN, *PARSED, *RUN)), f"no test: {command}"
+    for known in (*NOT_RUN, *PARSED, *RUN):
+        assert any(command.startswith(known) for command in COMMANDS), known
+    # The other blocks, which the tests below find by what is in them.
+    others = sorted({(kind, text) for kind, text in BLOCKS if kind != "bash"})
+    kinds = ["ini", "json", "json", "nginx", "python", "python", "text", "text"]
+    assert [kind for kind, _ in others] == kinds
+
+
+# ------------------------------------------------------------------------------
+# Commands, on the demo model as its users start it
+# ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(demo_folder: Path) -> Iterator[str]:
+    """HOST:PORT of the real server, from the first command's second half."""
+    with spawned("--demo", "--max-new-tokens", "64") as process:
+        yield f"127.0.0.1:{process.port}"
+
+
+def bash(command: str, demo: str, **options: Any) -> str:
+    """What a command prints, run against the demo server; `python` is this one."""
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = os.environ | {"PATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        ["bash", "-c", command.replace(ADDRESS, demo)],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def timeless(text: str) -> str:
+    """The text with one and the same time in it."""
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
+
+
+@pytest.mark.demo
+def test_the_first_curl_prints_what_is_shown(demo: str) -> None:
+    command = one_with("bash", "curl http")
+    told = json.loads(timeless(bash(command, demo)))
+    shown = json.loads(timeless(shown_after(command)))
+    assert told == shown
+    assert list(told) == list(shown)
+
+
+@pytest.mark.demo
+def test_the_streaming_curl_prints_what_is_shown(demo: str) -> None:
+    told = timeless(bash(one_with("bash", "curl -N"), demo))
+    shown = re.escape(timeless(shown_after("curl -N"))).replace(r"\.\.\.", ".*")
+    assert re.fullmatch(shown, told, re.DOTALL), told
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    "command", sorted({c for c in COMMANDS if c.startswith("python py_api.py")})
+)
+def test_the_command_line_client_answers(command: str, demo: str) -> None:
+    command += f" --url http://{ADDRESS}/"
+    told = bash(command, demo, input="What is the capital of France?\n")
+    assert told
+    if "France" in command or "--chat" in command:
+        assert told == "The capital of France is Paris."
+
+
+@pytest.mark.demo
+def test_python_with_a_history(demo: str) -> None:
+    told = python(one_with("python", "import requests"), demo)
+    first, second = told.split("\n", 1)
+    assert first == "The capital of France is Paris."
+    assert second
+
+
+@pytest.mark.demo
+def test_the_openai_client_in_five_lines(demo: str) -> None:
+    code = one_with("python", "from openai")
+    assert len([line for line in code.splitlines() if line]) <= 6
+    assert python(code, demo) == shown_after("from openai")
+
+
+@pytest.mark.demo
+def test_an_existing_openai_app_needs_only_the_address(demo: str) -> None:
+    code = one_with("python", "from openai").replace('model="phi-4"', 'model="gpt-4o"')
+    code = re.sub(r"OpenAI\(.*\)", "OpenAI()", code)
+    exported = one_with("bash", "export")
+    assert "Paris" in bash(f"{exported}; python -c {shlex.quote(code)}", demo)
+
+
+@pytest.mark.demo
+def test_the_body_for_apipost(demo: str) -> None:
+    body = one_with("json", "你好")
+    headers = {"Content-Type": "application/json"}
+    url = f"http://{demo}/"
+    told = requests.post(url, body.encode(), headers=headers, timeout=DEADLINE)
+    assert told.ok, told.text
+    assert requests.get(url + "openapi.json", timeout=DEADLINE).json()["paths"]
+
+
+def python(code: str, demo: str) -> str:
+    return bash(f"python -c {shlex.quote(code)}", demo)
+
+
+@pytest.mark.parametrize(
+    "command", sorted({c for c in COMMANDS if c.startswith(PARSED)})
+)
+def test_options_of_commands_that_need_phi4(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in shlex.split(command) if "=" not in word]
+    if words[1] == "api.py":
+        api.Settings(_cli_parse_args=words[2:])
+        return
+    asked = []
+
+    def download(source: str, root: Path) -> Path:
+        asked.append(source)
+        return root / model_download.MODELSCOPE_REPO
+
+    monkeypatch.setattr(model_download, "download", download)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    assert model_download.main() == 0
+    assert asked == ["huggingface" if "huggingface" in command else "modelscope"]
+    assert capsys.readouterr().out.splitlines()[-1].strip() in COMMANDS
+
+
+# ------------------------------------------------------------------------------
+# Tables and claims
+# ------------------------------------------------------------------------------
+
+
+def settings_table() -> str:
+    """The table of options as the README shows it."""
+    lines = ["| Option | Default | Meaning |", "|---|---|---|"]
+    for name, field in api.Settings.model_fields.items():
+        option, default = name.replace("_", "-"), field.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        shown = f"`{default}`" if default != "" else "none"
+        lines.append(f"| `--{option}` | {shown} | {field.description} |")
+    return "\n".join(lines)
+
+
+def first_cells(header: str) -> set[str]:
+    """What stands in the first column of the table that begins with `header`."""
+    _, _, table = README.partition(header)
+    rows = re.findall(r"^\| *([^|]*?) *\|", table.partition("\n\n")[0], re.MULTILINE)
+    assert rows, header
+    return {cell for row in rows for cell in row.replace("`", "").split(", ")}
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    assert settings_table() in README, settings_table()
+
+
+def test_the_table_of_fields_is_that_of_the_request() -> None:
+    names = first_cells("| Field | Values | Default |\n|---|---|---|\n")
+    assert names == set(api.ChatRequest.model_fields)
+
+
+def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
+    codes = {0, api.EXIT_LOAD, api.EXIT_WRONG_START, api.EXIT_ENGINE}
+    assert first_cells("| Exit code | Meaning |\n|---|---|\n") == set(map(str, codes))
+
+
+def test_every_address_is_mentioned() -> None:
+    for path in [*api.create_app(api.Settings()).openapi()["paths"], "/docs"]:
+        assert path in README, path
+
+
+def test_the_versions_that_are_claimed() -> None:
+    pinned = (ROOT / "requirements.txt").read_text()
+    for version in set(re.findall(r"torch(?:==| )(\d+\.\d+\.\d+)", README)):
+        assert f"torch=={version}\n" in pinned
+        assert torch.__version__.startswith(version)
+    claimed = re.findall(r"Python (\d\.\d+)", README)
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in claimed
+
+
+STATUSES = first_cells("| Status | When | What to do |\n|---|---|---|\n")
+
+
+def test_the_table_of_errors_has_all_that_the_schema_has() -> None:
+    paths = api.create_app(api.Settings()).openapi()["paths"]
+    documented = {
+        c for path in paths.values() for o in path.values() for c in o["responses"]
+    }
+    assert documented - {"200"} <= STATUSES
+
+
+def test_each_status_in_the_table_happens_as_it_says(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def ask(
+        path: str = "/", method: str = "POST", key: str = "right", **body: Any
+    ) -> str:
+        """The message of the error answer, which goes into `seen`."""
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = requests.request(
+            method, served.url + path, json=body, headers=headers, timeout=DEADLINE
+        )
+        seen[str(answer.status_code)] = answer
+        told = answer.json()
+        return told["error"]["message"] if "error" in told else str(told["detail"])
+
+    options = {"max_in_flight": 1, "max_waiting": 0, "max_body_bytes": 1024}
+    limits = {"body_timeout": 1, "request_timeout": 1}
+    with (
+        running(model=tiny_folder, api_key="right", **options, **limits) as served,
+        scripted.Gate(served.engine) as gate,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        told = ask(prompt="hello", max_new_tokens=100_000)
+        assert "100000" in told and str(served.engine.capacity) in told
+        assert "tools" in ask("/v1/chat/completions", messages=api.EXAMPLE, tools=[1])
+        ask(prompt="hello", key="wrong")
+        assert seen["401"].headers["WWW-Authenticate"] == "Bearer"
+        ask("/nowhere")
+        ask(method="PUT")
+        ask(prompt="x" * 2000)
+        assert "color" in ask(prompt="hello", color="red")
+        seen["408"] = slow_body(served)
+        gate.allow(0)
+        late = pool.submit(ask, prompt="hello")  # has the only place until its end
+        wait_until(lambda: served.engine.answers)
+        ask(prompt="hello")
+        assert seen["503"].headers["Retry-After"]
+        late.result(DEADLINE)
+        gate.allow()
+        wait_until(served.idle)
+        monkeypatch.setattr(served.engine, "template", None)
+        ask(prompt="hello")
+    assert set(seen) == STATUSES
+
+
+def slow_body(served: Running) -> bytes:
+    """The answer to a request whose body never comes."""
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), DEADLINE) as connection:
+        head = "POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
+        connection.sendall(f"{head}Content-Length: 9\r\n\r\n".encode())
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    return answer
+
+
+# ------------------------------------------------------------------------------
+# nginx and systemd
+# ------------------------------------------------------------------------------
+
+NGINX = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
+
+
+@pytest.fixture
+def nginx(tmp_path: Path, server: Running) -> Iterator[str]:
+    """The address of an nginx with the README's block, in front of `server`."""
+    if NGINX is None and not os.environ.get("CI"):
+        pytest.skip("nginx is not installed")
+    port = free_port()
+    block = one_with("nginx").replace(ADDRESS, server.url[7:])
+    block = block.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    block = block.replace("client_header_timeout 10s;", "client_header_timeout 1s;")
+    assert f":{port};" in block and server.url in block and " 1s;" in block
+    paths = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    # The server's own header asks nginx not to buffer; here the block must see to it.
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {tmp_path}/pid;\n"
+        f"events {{}}\nhttp {{ access_log off; {paths}"
+        f"proxy_ignore_headers X-Accel-Buffering;\n{block} }}\n"
+    )
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        command = [NGINX, "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-e", "stderr"]
+        process = subprocess.Popen(command, stderr=output)
+
+    def ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_until(ready)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(DEADLINE)
+
+
+def test_nginx_passes_answers_and_headers_on(nginx: str, server: Running) -> None:
+    body = {"prompt": "hello", "max_new_tokens": 5}
+    answer = requests.post(nginx, json=body, timeout=DEADLINE)
+    assert answer.json()["response"] == server.post(max_new_tokens=5).json()["response"]
+    assert answer.headers["X-Finish-Reason"] == "length"
+    assert answer.headers["X-Request-ID"]
+
+
+def test_nginx_passes_each_delta_on_at_once(nginx: str, server: Running) -> None:
+    body = {"prompt": "hello", "max_new_tokens": 20, "stream": True}
+    expected = server.post(max_new_tokens=20).json()["response"]
+    with scripted.Gate(server.engine) as gate:
+        gate.allow(12)  # prompt and some tokens: the answer cannot end yet
+        answer = requests.post(nginx, json=body, stream=True, timeout=10)
+        stream = scripted.events(answer)
+        first = json.loads(next(stream)[1])["delta"]
+        gate.allow()
+        rest = [json.loads(data) for event, data in stream if event]
+    assert first + "".join(item["delta"] for item in rest[:-1]) == expected
+    assert rest[-1]["response"] == expected
+
+
+def test_nginx_frees_the_slot_of_a_client_that_left(
+    nginx: str, server: Running
+) -> None:
+    body = {"prompt": "hello", "max_new_tokens": 400, "stream": True}
+    with scripted.Gate(server.engine) as gate:
+        gate.allow(12)
+        answer = requests.post(nginx, json=body, stream=True, timeout=10)
+        next(scripted.events(answer))
+        assert server.engine.pending == 1
+        answer.close()
+        wait_until(lambda: not server.engine.pending)
+    wait_until(server.idle)
+
+
+def test_nginx_refuses_a_large_body_and_ends_half_a_header(nginx: str) -> None:
+    refused = requests.post(nginx, b"x" * (2 << 20), timeout=DEADLINE)
+    assert refused.status_code == 413
+    host, port = nginx[7:].split(":")
+    with socket.create_connection((host, int(port)), 20) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nX-Half: ")
+        connection.recv(4096)  # times out where nginx has no limit
+
+
+def test_the_systemd_unit(tmp_path: Path) -> None:
+    text = one_with("ini", "ExecStart")
+    restarted = f"Restart=on-failure\nRestartSec=10\nRestartPreventExitStatus={api.EXIT_WRONG_START}\n"
+    assert restarted in text
+    assert (
+        int(re.search(r"TimeoutStopSec=(\d+)", text)[1]) > api.Settings().drain_timeout
+    )
+    program, options = re.search(r"ExecStart=(\S+) api\.py (.*)", text).groups()
+    api.Settings(_cli_parse_args=options.split())
+    verifier = shutil.which("systemd-analyze")
+    if verifier is None:
+        pytest.skip("systemd-analyze is not installed; the unit was only read")
+    unit = tmp_path / "phi-4.service"
+    unit.write_text(text.replace(program, sys.executable))
+    done = subprocess.run(
+        [verifier, "verify", unit],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
