@@ -139,6 +139,12 @@ def encodable(text: str) -> str:
     return text
 
 
+def unsupported(value: bool) -> bool:
+    if value:
+        raise ValueError("this server cannot do that")
+    return value
+
+
 Text = Annotated[str, AfterValidator(encodable)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1)] | None
@@ -169,7 +175,8 @@ class Sampling(Strict, use_attribute_docstrings=True):
         if not self.temperature:
             return {}
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        millionths = round(self.temperature * 1e6), round((self.top_p or 1) * 1e6)
+        numbers = (self.temperature, self.top_p or 1)
+        millionths = (max(round(number * 1e6), 1) for number in numbers)
         return {"sampling": (*millionths, self.top_k or 0, seed)}
 
 
@@ -187,11 +194,14 @@ class ChatAnswer(BaseModel):
     time: str = Field(examples=["2026-01-31 12:00:00"])
 
 
-class ChatRequest(Sampling):
+EXAMPLE = {"prompt": "What is the capital of France?", "history": []}
+
+
+class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
     """The body of `POST /`."""
 
-    prompt: Text = Field(min_length=1, examples=["What is the capital of France?"])
-    history: list[Turn] = Field([], examples=[[]])
+    prompt: Text = Field(min_length=1)
+    history: list[Turn] = []
     max_new_tokens: Tokens = None
 
     def turns(self) -> list[Turn]:
@@ -200,9 +210,8 @@ class ChatRequest(Sampling):
     def answer(self, done: "Answer") -> str:
         now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         history = [*self.turns(), Turn(role="assistant", content=done.text)]
-        return ChatAnswer(
-            response=done.text, history=history, time=now
-        ).model_dump_json()
+        answer = ChatAnswer(response=done.text, history=history, time=now)
+        return answer.model_dump_json()
 
     def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
         """Data of the next events of a stream; `sent` characters are out already."""
@@ -243,21 +252,24 @@ class ChatCompletion(BaseModel):
 
 Empty = Annotated[list[Any], Field(max_length=0)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
-EXAMPLE = [{"role": "user", "content": "What is 2 + 2?"}]
+TURN = {"role": "user", "content": "What is 2 + 2?"}
+OPENAI_EXAMPLE = {"model": "phi-4", "messages": [TURN]}
 
 
-class OpenAIRequest(Sampling, extra="ignore"):
+class OpenAIRequest(
+    Sampling, extra="ignore", json_schema_extra={"examples": [OPENAI_EXAMPLE]}
+):
     """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored;
     listed ones that this server cannot honour take their neutral value only."""
 
-    model: Text | None = Field(None, examples=["phi-4"])
-    messages: list[OpenAITurn] = Field(min_length=1, examples=[EXAMPLE])
+    model: Text | None = None
+    messages: list[OpenAITurn] = Field(min_length=1)
     max_tokens: Tokens = None
     max_completion_tokens: Tokens = None
     stream_options: dict[str, bool | None] | None = None
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: Annotated[bool, AfterValidator(unsupported)] | None = None
     tools: Empty = None
     functions: Empty = None
     presence_penalty: Zero = None
@@ -294,6 +306,9 @@ class OpenAIRequest(Sampling, extra="ignore"):
     def dump(self, done: "Answer", kind: str, choices: list[Any], **more: Any) -> str:
         head = {"id": done.id, "object": f"chat.completion{kind}", "model": done.model}
         return json.dumps(head | {"created": done.created, "choices": choices} | more)
+
+
+Body = ChatRequest | OpenAIRequest
 
 
 # ------------------------------------------------------------------------------
@@ -337,10 +352,9 @@ class FlashRunner(model_runner.ModelRunner):
     A page of the cache holds the keys of its tokens, and the next page their values.
     """
 
-    # Not passed through the model: its layers would be compiled again for each step.
-    step: tuple[
-        Tensor, dict[str, Any]
-    ]  # slots of the new tokens, options of the kernel
+    # Slots of the new tokens and options of the kernel. Passed through the model they
+    # would have its layers compiled again for each step.
+    step: tuple[Tensor, dict[str, Any]]
     least = 0  # tokens that warm-up pretends are cached
 
     def maybe_pad_inputs(
@@ -371,9 +385,8 @@ class FlashRunner(model_runner.ModelRunner):
             longest, reach = tokens, full
         else:  # no graph that must fit other steps too
             rows = len(host.requests_in_batch)
-        self.fresh = (
-            not self.small and host.total_seqlen_q in host.total_seqlen_k.values()
-        )
+        fresh = host.total_seqlen_q in host.total_seqlen_k.values()  # nothing cached
+        self.paged = self.small or not fresh
         if not decode:
             for row, future in enumerate(host.requests_in_batch):
                 table = host.block_table[:, row]
@@ -391,30 +404,29 @@ class FlashRunner(model_runner.ModelRunner):
         chosen = [row for row, s in enumerate(states) if s.logit_processor_kwargs]
         if chosen:  # sampling is not in the graph: greedy rows do not pay for it
             with torch.cuda.stream(ios.compute_stream):
-                index = torch.tensor(chosen, device=self.scores.device)
+                # From pinned memory: any other copy would wait for the GPU.
+                pinned = torch.tensor(chosen).pin_memory()
+                index = pinned.to(model.device, non_blocking=True)
                 arguments = batch_data["logits_processor_args"][:, index]
                 drawn = self.logit_processor.draw(self.scores[index], arguments)
                 device.output_ids[0, index] = drawn.argmax(-1).int()
 
     def _forward_process_and_sample(
-        self, model: nn.Module, batch_data: dict, *io: Any
+        self, model: nn.Module, batch: dict, *io: Any
     ) -> None:
-        starts = batch_data["cu_seq_lens_q"][: self.rows + 1]
-        ends = next(iter(batch_data["cu_seq_lens_k"].values()))[: self.rows + 1]
-        table, slots = (
-            batch_data["block_table"][0, : self.rows],
-            batch_data["write_index"][0],
-        )
+        starts, (ends,) = batch["cu_seq_lens_q"], batch["cu_seq_lens_k"].values()
+        starts, ends = starts[: self.rows + 1], ends[: self.rows + 1]
+        table, slots = batch["block_table"][0, : self.rows], batch["write_index"][0]
         if self.options["max_q"] == 1:
             # The page of padded rows is -1: clamped, it belongs to no request.
-            place = batch_data["position_ids"][0].long()
+            place = batch["position_ids"][0].long()
             page = table.gather(1, (place // PAGE)[:, None])[:, 0]
             slots = (page * PAGE + place % PAGE).clamp(min=0)
         options = self.options | {"cu_seq_q": starts, "cu_seq_k": ends}
-        if not self.fresh:
+        if self.paged:
             options |= {"seqused_k": ends.diff(), "block_table": table}
         FlashRunner.step = torch.cat((slots, slots + PAGE)), options
-        super()._forward_process_and_sample(model, batch_data, *io)
+        super()._forward_process_and_sample(model, batch, *io)
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         self.scores[: scores.shape[1]].copy_(scores[0])
@@ -429,10 +441,8 @@ class FlashRunner(model_runner.ModelRunner):
             layer.self_attn.kv_cache = view[: len(views[-1])]
             if can_compile():
                 layer.compile(fullgraph=True)
-        most, self.logit_processor.deferred = (
-            self.cb_config.max_requests_per_batch,
-            True,
-        )
+        self.logit_processor.deferred = True
+        most = self.cb_config.max_requests_per_batch
         self.scores = torch.empty(most, model.config.vocab_size, device=model.device)
         decode = sorted({*(2**i for i in range(most.bit_length())), most}, reverse=True)
         # The largest comes first: the compiled kernels are tuned for the first they see.
@@ -468,13 +478,10 @@ def can_compile() -> bool:
 
 def pick_attention(device: torch.device) -> str:
     """Teach the library this attention; its name, or "sdpa" where it cannot run."""
-    arguments = getattr(varlen_attn, "__kwdefaults__", None) or {}
     if device.type != "cuda":
         return "sdpa"
-    if (
-        torch.cuda.get_device_capability(device) < (8, 0)
-        or "block_table" not in arguments
-    ):
+    paged = "block_table" in (getattr(varlen_attn, "__kwdefaults__", None) or {})
+    if torch.cuda.get_device_capability(device) < (8, 0) or not paged:
         logger.warning("no paged flash attention on this GPU or torch: 5 times slower")
         return "sdpa"
     if not can_compile():
@@ -574,7 +581,8 @@ class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
         for row, state in enumerate(states):
             if chosen := state.logit_processor_kwargs.get("sampling"):
                 # position_offset counts prompt and answer, also after a preemption.
-                key = hash((chosen[3], state.position_offset)) & 0x7FFFFFFF
+                seed = chosen[3] & 0xFFFFFFFF, chosen[3] >> 32 & 0xFFFFFFFF
+                key = hash((*seed, state.position_offset)) & 0x7FFFFFFF
                 arg_storage[:, row] = torch.tensor((*chosen[:3], key))
 
     def __call__(self, input_ids: Tensor, scores: Tensor, args: Tensor) -> Tensor:
@@ -624,10 +632,8 @@ def pick_device(settings: Settings) -> torch.device:
         hint = "README: which torch for which driver. Without a GPU, --demo works"
         why = f"{device} with torch {torch.__version__}: {error}"
         raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
-    if (
-        torch.cuda.get_device_capability(device) < (8, 0)
-        and settings.dtype != "float32"
-    ):
+    old = torch.cuda.get_device_capability(device) < (8, 0)
+    if old and settings.dtype != "float32":
         hint = "--dtype float32 runs on it, slowly, in twice the memory"
         raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
     return device
@@ -659,12 +665,9 @@ class Engine:
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, self.device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=self.device,
-            attn_implementation=pick_attention(self.device),
-        )
+        where = {"device_map": self.device, "dtype": dtype}
+        where["attn_implementation"] = pick_attention(self.device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **where)
         # Early copies of phi-4 name the wrong end token in their config.
         vocabulary = self.tokenizer.get_vocab()
         ends = {vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>")}
@@ -762,13 +765,10 @@ class Engine:
         if self.manager is not None:
             await asyncio.to_thread(self.manager.stop, True, 15, False, True)
 
-    async def converse(
-        self, body: "ChatRequest | OpenAIRequest", answer: Answer
-    ) -> None:
+    async def converse(self, body: Body, answer: Answer) -> None:
         """The one path of a request: admit, template, submit; `answer` grows meanwhile.
 
-        Cancelling it frees its place. What would kill the generation thread is refused
-        here. Raises HTTPException: 400, 503 or 504.
+        Cancelling it frees its place. Raises HTTPException: 400, 503 or 504.
         """
         settings = self.settings
         waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * self.rows
@@ -777,20 +777,15 @@ class Engine:
         self.pending += 1
         try:
             async with asyncio.timeout(settings.request_timeout), self.places:
-                loop = asyncio.get_running_loop()
-                work = loop.run_in_executor(
-                    self.tokenizing, self.template, body.turns()
-                )
-                tokens = await work
-                answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens
-                limit = min(
-                    wanted or settings.max_new_tokens, self.capacity - len(tokens)
-                )
+                run = asyncio.get_running_loop().run_in_executor
+                tokens = await run(self.tokenizing, self.template, body.turns())
+                prompt, wanted = len(tokens), body.max_new_tokens
+                room, answer.prompt_tokens = self.capacity - prompt, prompt
+                limit = min(wanted or settings.max_new_tokens, room)
                 if limit < (wanted or 1):
-                    need = f"a prompt of {len(tokens)} tokens and {wanted or 'any'} new ones"
-                    raise HTTPException(
-                        400, f"{need} do not fit in {self.capacity} tokens"
-                    )
+                    need = f"{prompt} prompt tokens and {wanted or 'any'} new ones"
+                    fit = f"{need} do not fit in {self.capacity} tokens"
+                    raise HTTPException(400, fit)
                 await self.generate(tokens, limit, answer, body.sampler_arguments())
         except TimeoutError as error:
             late = f"not finished after {settings.request_timeout:g} seconds"
@@ -802,6 +797,8 @@ class Engine:
     async def generate(
         self, tokens: list[int], limit: int, answer: Answer, sampling: dict[str, Any]
     ) -> None:
+        """Let an answer of up to `limit` tokens grow. Raises ValueError for what would
+        kill the generation thread, Unavailable if that dies."""
         if not 0 <= min(tokens, default=-1) <= max(tokens) < self.vocabulary:
             raise ValueError("token ids outside the vocabulary, or none")
         if len(tokens) + limit > self.capacity:
@@ -868,7 +865,7 @@ def bytes_of_tokens(tokenizer: Any, ends: list[int]) -> list[bytes | None]:
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
-async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
+async def reply(request: Request, body: Body) -> Response:
     """JSON, or a stream once its first token is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
     if engine.status != "ok":
@@ -877,9 +874,9 @@ async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response
     work = request.state.work = asyncio.create_task(engine.converse(body, answer))
     ready = asyncio.create_task(answer.grown.wait()) if body.stream else work
     gone = asyncio.create_task(disconnected(request))
-    await asyncio.wait({ready, gone}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({ready, work, gone}, return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
-    if not ready.done():
+    if not ready.done() and not work.done():
         return Response(status_code=499)  # for the log: the client has left
     if work.done():
         work.result()
@@ -899,25 +896,31 @@ async def disconnected(request: Request) -> None:
 
 
 async def events(
-    request: Request, body: Any, answer: Answer, work: asyncio.Task[None]
+    request: Request, body: Body, answer: Answer, work: asyncio.Task[None]
 ) -> AsyncIterator[bytes]:
     """Server-sent events of an answer whose first token is there."""
-    sent = None
+    sent, loop = None, asyncio.get_running_loop()
     while True:
         answer.grown.clear()
         if work.done() and (error := work.exception()):
             data = (await problem(request, error)).body.decode()
             yield format_sse_event(event="error", data_str=data)
             return
-        for line in body.lines(answer, sent):
+        # The answer may grow while a slow client takes these.
+        lines, sent, last = (
+            [*body.lines(answer, sent)],
+            len(answer.text),
+            answer.finish_reason,
+        )
+        for line in lines:
             yield format_sse_event(data_str=line)
-        sent = len(answer.text)
-        if answer.finish_reason:
+        if last:
             return
-        try:
-            await asyncio.wait_for(answer.grown.wait(), PING_SECONDS)
-        except TimeoutError:
+        ping = loop.call_later(PING_SECONDS, answer.grown.set)
+        await answer.grown.wait()
+        if loop.time() >= ping.when():
             yield KEEPALIVE_COMMENT
+        ping.cancel()
 
 
 async def problem(request: Request, error: Any) -> Response:
@@ -966,31 +969,36 @@ class Health(BaseModel):
     device: str
 
 
-def problems(model: type[BaseModel]) -> dict[int | str, Any]:
-    return {code: {"model": model} for code in (400, 401, 408, 413, 500, 503, 504)}
+def answers(problem: type[BaseModel], stream: bool = True) -> dict[int | str, Any]:
+    """The other answers of a route, for the documentation."""
+    codes = (400, 401, 408, 413, 500, 503, 504) if stream else (401,)
+    events = {200: {"content": {"text/event-stream": {}}}} if stream else {}
+    return events | {code: {"model": problem} for code in codes}
 
 
 public, secured = APIRouter(), APIRouter(dependencies=[Depends(authorize)])
 
 
-@secured.post("/", response_model=ChatAnswer, responses=problems(Problem))
+@secured.post("/", response_model=ChatAnswer, responses=answers(Problem))
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
     `{"delta": "..."}` for each piece of text, then the whole answer."""
     return await reply(request, body)
 
 
-OPENAI = {"response_model": ChatCompletion, "responses": problems(OpenAIProblem)}
+# "default" keeps FastAPI from adding its own 422: this route answers 400.
+OPENAI = answers(OpenAIProblem) | {"default": {"model": OpenAIProblem}}
 
 
-@secured.post("/v1/chat/completions", **OPENAI)
+@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
 
 
-@secured.get("/v1/models")
+@secured.get("/v1/models", responses=answers(OpenAIProblem, stream=False))
 async def models(request: Request) -> dict[str, Any]:
+    """The one model that is served."""
     engine: Engine = request.app.state.engine
     card = {"id": engine.name, "object": "model", "created": engine.created}
     return {"object": "list", "data": [card | {"owned_by": "local"}]}
@@ -1007,10 +1015,13 @@ async def health(request: Request, response: Response) -> Health:
 @public.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> Response:
     assets = request.app.state.settings.docs_assets.rstrip("/")
-    files = f"{assets}/swagger-ui-bundle.js", f"{assets}/swagger-ui.css"
-    icon = f"{assets}/favicon-32x32.png"
-    title = request.app.title
-    return get_swagger_ui_html("openapi.json", title, *files, swagger_favicon_url=icon)
+    return get_swagger_ui_html(
+        title=request.app.title,
+        openapi_url="openapi.json",
+        swagger_js_url=f"{assets}/swagger-ui-bundle.js",
+        swagger_css_url=f"{assets}/swagger-ui.css",
+        swagger_favicon_url=f"{assets}/favicon-32x32.png",
+    )
 
 
 class Observe:
@@ -1023,19 +1034,24 @@ class Observe:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request, started, status = Request(scope), time.monotonic(), 500
-        patience: float | None = scope["app"].state.settings.body_timeout
+        settings: Settings = scope["app"].state.settings
+        patience, size = settings.body_timeout, 0
         given = request.headers.get("x-request-id", "")
         valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
         request_id = given if valid else secrets.token_hex(8)
+        closing = {"Connection": "close"}  # the rest of the body is not wanted
 
         async def timed_receive() -> Message:
-            nonlocal patience
+            nonlocal patience, size
             try:
                 left = patience and started + patience - time.monotonic()
                 message = await asyncio.wait_for(receive(), left)
             except TimeoutError as error:
-                headers = {"Connection": "close"}
-                raise HTTPException(408, "the body came too slowly", headers) from error
+                raise HTTPException(408, "the body came too slowly", closing) from error
+            size += len(message.get("body", b""))
+            if size > settings.max_body_bytes:
+                why = f"the body has more than {settings.max_body_bytes} bytes"
+                raise HTTPException(413, why, closing)
             patience = patience if message.get("more_body") else None
             return message
 
@@ -1056,7 +1072,8 @@ class Observe:
                 first = max(answer.first_token - answer.started, 0)
                 line += f" in={answer.prompt_tokens} out={answer.completion_tokens}"
                 line += f" first={first:.3f}s"
-            logger.info("%s total=%.3fs", line, time.monotonic() - started)
+            level = logging.DEBUG if request.url.path == "/health" else logging.INFO
+            logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
 
 
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
@@ -1081,7 +1098,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        max_body_size=settings.max_body_bytes,
         exception_handlers=dict.fromkeys(handled, problem),
     )
     app.state.settings, app.state.engine = settings, engine

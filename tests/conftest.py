@@ -21,11 +21,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import api  # noqa: E402
-import model_download  # noqa: E402
-import tiny  # noqa: E402
+import tiny
 
-DEADLINE = float(os.environ.get("TEST_DEADLINE", 60))  # seconds; ten times what the slowest condition takes on two cores
+import api
+import model_download
+
+DEADLINE = float(
+    os.environ.get("TEST_DEADLINE", 60)
+)  # seconds; ten times what the slowest condition takes on two cores
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
@@ -54,7 +57,9 @@ class Running:
     loop: asyncio.AbstractEventLoop
     ended: list[int]  # exit codes the engine wanted to end the process with
 
-    def post(self, prompt: str = "hello", path: str = "/", **body: Any) -> requests.Response:
+    def post(
+        self, prompt: str = "hello", path: str = "/", **body: Any
+    ) -> requests.Response:
         body = {"prompt": prompt, **body} if path == "/" else body
         return requests.post(self.url + path, json=body, timeout=DEADLINE)
 
@@ -109,7 +114,11 @@ def spawned(*arguments: str, wait: bool = True, **environment: str) -> Iterator[
     log = ROOT / "tests" / f".spawned-{port}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=os.environ | environment, cwd=ROOT
+            command,
+            stdout=output,
+            stderr=output,
+            env=os.environ | environment,
+            cwd=ROOT,
         )
     process.url = f"http://127.0.0.1:{port}"
     process.port = port

@@ -80,7 +80,8 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    nothing = lambda *_, **__: None  # noqa: E731
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    nothing = lambda *_, **__: None
     monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", nothing)
     # What pick_attention sets stays set: have it undone.
     for module, name in (
@@ -166,12 +167,12 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
         assert (answer == expected) is (i not in (1, 3)), i
-    assert PATHS == {
+    assert {
         (True, True, 1),  # decoding near
         (True, True, None),  # and far
         (False, True, 1),  # prefill from pages
         (False, False, 1),  # prefill of nothing cached
-    }
+    } == PATHS
     alone = answers(served, [prompts[1], prompts[3]], sampled=(0, 1))
     assert alone == [mixed[1], mixed[3]]  # the seed's answers, whatever else is there
 

@@ -139,6 +139,8 @@ def test_first_come_first_served(tiny_folder, monkeypatch):
         for number in range(9):
             asked.append(served.submit(f"{number}", max_new_tokens=1 + number % 3))
             wait_until(lambda: served.engine.pending == number + 1)  # noqa: B023
+        wait_until(lambda: order)
+        assert order == ["0"]  # the others wait before they cost anything
         served.gate.open.set()
         assert statuses(asked) == [200] * 9
         assert order == [f"{number}" for number in range(9)]
@@ -277,12 +279,14 @@ def test_a_reader_that_stalls_holds_no_place_and_little_memory(shared):
 
 
 def test_a_thousand_idle_connections(shared):
+    """Half of them have begun a head, for which there is no time limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
     with contextlib.ExitStack() as stack:
-        for _ in range(1000):
-            stack.enter_context(connect(shared))
+        for number in range(1000):
+            half = b"POST / HTTP/1.1\r\nHost: a\r\n" if number % 2 else b""
+            stack.enter_context(connect(shared, half))
         assert requests.get(shared.url + "/health", timeout=60).status_code == 200
         assert works(shared)
     assert works(shared)
