@@ -127,6 +127,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
+    def keys(self) -> list[bytes]:
+        return self.api_key.replace(",", " ").encode().split()
+
 
 # ------------------------------------------------------------------------------
 # Wire format
@@ -644,14 +647,14 @@ class Engine:
 
     manager: Any = None
     device: torch.device | None = None
-    rows = pending = 0  # places for requests; requests that have or await one
+    rows = 0  # places for requests
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.created = settings, int(time.time())
         folder = model_download.DEMO_NAME if settings.demo else settings.model.resolve()
         self.name = settings.served_model_name or Path(folder).name
         self.state: Literal["loading", "ok", "draining"] = "loading"
-        self.answers: dict[str, Answer] = {}  # those that the engine works on
+        self.pending: set[Answer] = set()  # that have a place or wait for one
         self.tokenizing = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
 
     def load(self) -> None:
@@ -721,7 +724,7 @@ class Engine:
                 await asyncio.sleep(0.1)
                 if not self.alive():
                     await self.revive()
-                elif not self.answers or batch != self.manager.current_batch:
+                elif batch != self.manager.current_batch or not self.busy():
                     batch, moved = self.manager.current_batch, time.monotonic()
                 elif time.monotonic() - moved > self.settings.stall_timeout:
                     raise TimeoutError("no forward pass in --stall-timeout seconds")
@@ -748,12 +751,17 @@ class Engine:
         status = self.manager.background_thread_status
         return self.manager.is_running() and status.can_accept_new_requests() is None
 
+    def busy(self) -> bool:
+        """Whether the thread has work, also that of clients who have given up."""
+        waiting = not self.manager.input_queue.empty()
+        return waiting or self.manager.batch_processor.has_pending_requests()
+
     @property
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
         return "down" if self.state == "ok" and not self.alive() else self.state
 
     def fail_all(self, why: str) -> None:
-        for answer in self.answers.values():
+        for answer in self.pending:
             answer.fail(why)
 
     def exit(self, code: int) -> None:
@@ -772,11 +780,13 @@ class Engine:
         """
         settings = self.settings
         waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * self.rows
-        if self.pending >= self.rows + waiting:
-            raise Unavailable(f"{self.pending} requests are in flight or waiting")
-        self.pending += 1
+        if len(self.pending) >= self.rows + waiting:
+            raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
+        self.pending.add(answer)
         try:
             async with asyncio.timeout(settings.request_timeout), self.places:
+                if answer.end.done():
+                    return answer.end.result()  # the engine failed meanwhile
                 run = asyncio.get_running_loop().run_in_executor
                 tokens = await run(self.tokenizing, self.template, body.turns())
                 prompt, wanted = len(tokens), body.max_new_tokens
@@ -791,7 +801,7 @@ class Engine:
             late = f"not finished after {settings.request_timeout:g} seconds"
             raise HTTPException(504, late) from error
         finally:
-            self.pending -= 1
+            self.pending.discard(answer)
             answer.grown.set()
 
     async def generate(
@@ -803,7 +813,6 @@ class Engine:
             raise ValueError("token ids outside the vocabulary, or none")
         if len(tokens) + limit > self.capacity:
             raise ValueError("more tokens than the cache holds")
-        self.answers[answer.id] = answer
         arguments = {"streaming": True, "eos_token_id": self.end_tokens} | sampling
         try:
             receive = partial(self.receive, answer)
@@ -812,7 +821,6 @@ class Engine:
                 raise Unavailable("the engine is restarting")
             await answer.end
         finally:
-            del self.answers[answer.id]
             self.forget(answer.id)
 
     def receive(self, answer: Answer, output: GenerationOutput) -> None:
@@ -948,7 +956,7 @@ bearer = Depends(HTTPBearer(auto_error=False))
 async def authorize(request: Request, given: Annotated[Any, bearer]) -> None:
     """Raise a 401 unless one of the keys is given, where keys are set."""
     token = given.credentials.encode() if given else b""
-    keys = request.app.state.settings.api_key.encode().replace(b",", b" ").split()
+    keys = request.app.state.settings.keys()
     matches = [secrets.compare_digest(token, key) for key in keys]  # all: constant time
     if keys and not any(matches):
         why = "send a valid API key: Authorization: Bearer KEY"
@@ -1064,15 +1072,19 @@ class Observe:
 
         try:
             await self.app(scope, timed_receive, labelled_send)
+        except asyncio.CancelledError:
+            if scope["app"].state.engine.state != "draining":
+                raise
         finally:
             answer: Answer | None = getattr(request.state, "answer", None)
-            line = f"{request_id} {request.method} {request.url.path} {status}"
+            path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
+            line = f"{request_id} {request.method} {path} {status}"
             if answer is not None:
                 request.state.work.cancel()
                 first = max(answer.first_token - answer.started, 0)
                 line += f" in={answer.prompt_tokens} out={answer.completion_tokens}"
                 line += f" first={first:.3f}s"
-            level = logging.DEBUG if request.url.path == "/health" else logging.INFO
+            level = logging.DEBUG if path == "/health" else logging.INFO
             logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
 
 
@@ -1125,12 +1137,14 @@ class Server(uvicorn.Server):
         if self.leaving or engine.state == "loading":
             os._exit(128 + sig if self.leaving else 0)
         self.leaving, engine.state = time.monotonic(), "draining"
-        logger.info("leaving: %d requests to finish", engine.pending)
+        logger.info("leaving: %d requests to finish", len(engine.pending))
 
     async def on_tick(self, counter: int) -> bool:
         engine: Engine = self.config.app.state.engine
         late = time.monotonic() - self.leaving > engine.settings.drain_timeout
-        self.should_exit |= self.leaving > 0 and (late or not engine.pending)
+        if self.leaving and late:
+            engine.fail_all("the server is leaving")
+        self.should_exit |= self.leaving > 0 and not engine.pending
         return await super().on_tick(counter)
 
 
@@ -1174,10 +1188,15 @@ def main() -> int:
         return EXIT_WRONG_START
     if settings.demo:
         logger.warning(DEMO_NOTE)
-    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
+    if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    options = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
+    options = {
+        "log_config": None,
+        "http": "h11",
+        "access_log": False,
+        "timeout_graceful_shutdown": 5,
+    }
     Server(uvicorn.Config(create_app(settings), **options)).run([listener])
     return 0
 

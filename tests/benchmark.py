@@ -668,6 +668,7 @@ def table(results: dict[str, Any]) -> Iterator[str]:
 def draw(source: Path, target: Path) -> None:
     """Draw tokens/s over clients from a results file."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     results = json.loads(source.read_text())
     figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
@@ -677,6 +678,7 @@ def draw(source: Path, target: Path) -> None:
         SERVER: ("tokens_per_s", SERVER, "-", "tab:blue"),
         TUTORIAL: ("tokens_per_s", "the tutorial's way", "-", "tab:red"),
     }
+    limited = any("limit_tokens_per_s" in row for row in results["table"])
     for way, (name, label, line, color) in styles.items():
         shown = SERVER if way == "limit" else way
         points = [
@@ -689,7 +691,8 @@ def draw(source: Path, target: Path) -> None:
                 *zip(*points, strict=True), line, marker="o", color=color, label=label
             )
         for x, y in points:
-            above = 0, 8 if way == "limit" else -16
+            under = way == TUTORIAL or (way == SERVER and limited)
+            above = 0, -16 if under else 8
             text = f"{y:.0f}" if y >= 100 else f"{y:.1f}"
             axes.annotate(
                 text,
@@ -703,8 +706,12 @@ def draw(source: Path, target: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(clients, [str(number) for number in clients])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.minorticks_off()
-    axes.margins(0.08, 0.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 2, high * 2)
+    axes.margins(x=0.08)
     axes.set_xlabel("clients at the same time")
     axes.set_ylabel("new tokens per second, all clients together")
     axes.set_title(describe(results).replace("; ", "\n"), fontsize=10)

@@ -26,9 +26,8 @@ import tiny
 import api
 import model_download
 
-DEADLINE = float(
-    os.environ.get("TEST_DEADLINE", 60)
-)  # seconds; ten times what the slowest condition takes on two cores
+# Seconds; ten times what the slowest condition takes on two cores.
+DEADLINE = float(os.environ.get("TEST_DEADLINE", "60"))
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
@@ -72,7 +71,7 @@ class Running:
         scheduler = self.engine.manager.batch_processor.scheduler
         handlers = self.engine.manager.output_router.result_handlers
         left = (scheduler.active_requests, scheduler.waiting_requests, handlers)
-        return not any(left) and not self.engine.answers and not self.engine.pending
+        return not any(left) and not self.engine.pending
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def in_flight(server: Running, count: int = 1, **body: Any) -> Iterator[list[Any
     body = {"prompt": "count", "max_new_tokens": 400, **body}
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(server.post, **body) for _ in range(count)]
-        wait_until(lambda: len(server.engine.answers) == count)
+        wait_until(lambda: len(server.engine.pending) == count)
         scheduler = server.engine.manager.batch_processor.scheduler
         wait_until(lambda: len(scheduler.active_requests) == count)
         yield futures
@@ -309,7 +309,7 @@ def test_request_that_the_dying_thread_never_saw(
     ):
         patch.setattr(manager, "add_request", lambda tokens, name, *a, **k: name)
         future = pool.submit(fragile.post)
-        wait_until(lambda: fragile.engine.answers)
+        wait_until(lambda: fragile.engine.pending)
         manager.background_thread_status.request_stop(2, 0)
         assert future.result().status_code == 503
     still_serves(fragile)

@@ -262,7 +262,7 @@ def test_a_client_tries_again_after_a_503(counting_folder, monkeypatch, stream):
             connect(served, max_retries=4, http_client=http) as client,
         ):
             first = pool.submit(ask, served)
-            wait_until(lambda: served.engine.pending == 1)
+            wait_until(lambda: len(served.engine.pending) == 1)
             answer = client.chat.completions.create(
                 model=MODEL, messages=HELLO, stream=stream
             )

@@ -455,10 +455,10 @@ def test_a_client_that_leaves_the_queue_frees_its_place(counting_folder, monkeyp
             wait_until(lambda: cancel.scheduled(served))
             with cancel.connected(served) as client:
                 cancel.ask(client, json.dumps({"prompt": "hello"}))
-                wait_until(lambda: served.engine.pending == 2)
-            wait_until(lambda: served.engine.pending == 1)
+                wait_until(lambda: len(served.engine.pending) == 2)
+            wait_until(lambda: len(served.engine.pending) == 1)
             second = pool.submit(served.post)
-            wait_until(lambda: served.engine.pending == 2)
+            wait_until(lambda: len(served.engine.pending) == 2)
             gate.allow()
             assert first.result().json()["response"] == "a"
             assert second.result().json()["response"] == "a"
