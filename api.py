@@ -662,8 +662,8 @@ class Engine:
         settings, started = self.settings, time.monotonic()
         self.device = pick_device(settings)
         gpu = self.device.type == "cuda"
-        # AMX runs bfloat16 twice as fast as float32; other processors are slower.
-        fast = "bfloat16" if gpu or torch.cpu._is_amx_tile_supported() else "float32"
+        # Processors that multiply bfloat16 are faster with it, others far slower.
+        fast = "bfloat16" if gpu or torch.cpu._is_avx512_bf16_supported() else "float32"
         dtype = settings.dtype.replace("auto", fast)
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, self.device, dtype)
