@@ -451,10 +451,13 @@ class FlashRunner(model_runner.ModelRunner):
         # The largest comes first: the compiled kernels are tuned for the first they see.
         shapes = [(size, PAGE) for size in LARGE + GRAPHS[::-1]]
         shapes += [(size, 0) for size in LARGE] + [(size, None) for size in decode]
-        for _ in range(2):
+        for turn in (
+            "compiling, then capturing CUDA graphs",
+            "capturing the other half",
+        ):
+            logger.info(turn)
             for self.least in (NEAR + 1, 0):
                 for tokens, past in shapes if self.least else shapes[-len(decode) :]:
-                    logger.info("warming up: %d tokens", tokens)
                     self.prepare(model, tokens, past)
             self.inputs_and_outputs.swap_io_pairs()
         self.cache.reset()
@@ -701,7 +704,8 @@ class Engine:
         self.manager.warmup()
         blocks = self.manager.batch_processor.cache.num_blocks
         self.capacity = min(self.capacity, blocks * page)
-        self.manager.start()
+        if self.state != "draining":
+            self.manager.start()
         logger.info("loaded in %.1f s", time.monotonic() - started)
 
     def template(self, turns: list[Turn]) -> list[int]:

@@ -80,12 +80,13 @@ def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(start, number):
     server = start()
-    begin(server, ENDLESS)
+    _, pieces = begin(server, ENDLESS)  # held: a client that leaves is not waited for
     server.send_signal(number)
     wait_until(lambda: health(server).status_code == 503)
     server.send_signal(number)
     assert server.wait(60) == 128 + number
     assert "Traceback" not in server.log()
+    pieces.close()
 
 
 def test_no_answer_is_waited_for_longer_than_the_drain_timeout(start):
