@@ -718,7 +718,10 @@ class Engine:
         """Load, warm up, then watch: a generation thread that died is started again;
         one that hangs cannot be, so the process ends and its supervisor restarts it."""
         try:
-            await asyncio.to_thread(self.load)
+            # A thread that ends takes its OpenMP threads along: as long as others
+            # exist, those of the generation thread sleep at every barrier.
+            with ThreadPoolExecutor(1) as loading:
+                await asyncio.get_running_loop().run_in_executor(loading, self.load)
             warming = ChatRequest(prompt="Hello", max_new_tokens=2)
             await self.converse(warming, Answer(self.name, None))
             self.state = "ok" if self.state == "loading" else self.state
