@@ -39,10 +39,18 @@ import transformers
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
@@ -50,13 +58,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils as flash
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.generation.continuous_batching import (
-    cb_logits_processors,
-    continuous_api,
-    input_outputs,
-    model_runner,
-)
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation import continuous_batching as batching
 from transformers.masking_utils import flash_attention_mask
 
 import model_download
@@ -120,6 +122,8 @@ class Settings(BaseSettings):
     """Largest request body in bytes (413 over that)."""
     api_key: str = ""
     """Key that clients must send as a bearer token; several separated by commas."""
+    cors_origins: str = ""
+    """Web pages that may ask from a browser: exact origins, separated by commas."""
     served_model_name: str = ""
     """Name of the model in answers. Default: the name of its folder."""
     docs_assets: str = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5"
@@ -173,14 +177,13 @@ class Sampling(Strict, use_attribute_docstrings=True):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Makes a sampled answer repeatable."""
 
-    def sampler_arguments(self) -> dict[str, Any]:
-        """What the Sampler needs to know of a request: nothing if it is greedy."""
+    def sampling(self) -> dict[str, Any]:
+        """What the Runner needs to know of a request: nothing if it is greedy."""
         if not self.temperature:
             return {}
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        numbers = (self.temperature, self.top_p or 1)
-        millionths = (max(round(number * 1e6), 1) for number in numbers)
-        return {"sampling": (*millionths, self.top_k or 0, seed)}
+        numbers = (max(each, 1e-6) for each in (self.temperature, self.top_p or 1))
+        return {"sampling": (*numbers, self.top_k or 0, seed)}
 
 
 class Turn(Strict):
@@ -211,7 +214,7 @@ class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
         return [*self.history, Turn(role="user", content=self.prompt)]
 
     def answer(self, done: "Answer") -> str:
-        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         history = [*self.turns(), Turn(role="assistant", content=done.text)]
         answer = ChatAnswer(response=done.text, history=history, time=now)
         return answer.model_dump_json()
@@ -256,12 +259,10 @@ class ChatCompletion(BaseModel):
 Empty = Annotated[list[Any], Field(max_length=0)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 TURN = {"role": "user", "content": "What is 2 + 2?"}
-OPENAI_EXAMPLE = {"model": "phi-4", "messages": [TURN]}
+OPENAI = {"examples": [{"model": "phi-4", "messages": [TURN]}]}
 
 
-class OpenAIRequest(
-    Sampling, extra="ignore", json_schema_extra={"examples": [OPENAI_EXAMPLE]}
-):
+class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
     """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored;
     listed ones that this server cannot honour take their neutral value only."""
 
@@ -311,7 +312,74 @@ class OpenAIRequest(
         return json.dumps(head | {"created": done.created, "choices": choices} | more)
 
 
-Body = ChatRequest | OpenAIRequest
+# ------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------
+
+
+class Runner(batching.model_runner.ModelRunner):
+    """Greedy and sampled requests share a batch. The library takes the likeliest token
+    of each row; here the rows that want another are drawn again afterwards, outside of
+    the CUDA graph, so the others do not pay for it."""
+
+    def allocate(self, model: nn.Module) -> None:
+        rows = self.cb_config.max_requests_per_batch
+        self.scores = torch.empty(rows, model.config.vocab_size, device=model.device)
+        self.generator = torch.Generator(model.device)
+
+    def warmup(self, model: nn.Module) -> None:
+        self.allocate(model)
+        super().warmup(model)
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        self.scores[: scores.shape[1]].copy_(scores[0])
+        super()._sample(scores, output_ids)
+
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        super().compute_batch(model, batch_data)
+        ios, gpu = self.inputs_and_outputs, model.device.type == "cuda"
+        paired = hasattr(ios, "io_pairs")  # the next step is prepared meanwhile
+        host = ios.io_pairs[ios.current_pair].host_io if paired else ios
+        states = [each.state for each in host.requests_in_batch if each.has_new_token]
+        chosen = [
+            (row, *state.logit_processor_kwargs["sampling"], state.position_offset)
+            for row, state in enumerate(states)
+            if state.logit_processor_kwargs
+        ]
+        if not chosen:
+            return
+        with batching.utils.stream_context(ios.compute_stream):
+            # From pinned memory: any other copy would wait for the GPU.
+            numbers = [row[:4] for row in chosen]
+            table = torch.tensor(numbers, dtype=torch.float64, pin_memory=gpu)
+            rows, *limits = table.to(model.device, non_blocking=True).T
+            rows = rows.long()
+            scores = self.scores[rows]
+            noise = torch.empty_like(scores)
+            for line, (*_, seed, position) in zip(noise, chosen, strict=True):
+                # The same seed and position give the same noise whatever else is in
+                # the batch; the position is right after a preemption, too.
+                key = hash((*divmod(seed % 2**64, 2**32), position)) % 2**63
+                line.exponential_(generator=self.generator.manual_seed(key))
+            ios.output_ids[0, rows] = draw(scores, noise, *limits).int()
+
+
+def draw(
+    scores: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor
+) -> Tensor:
+    """Draw a token for each row: scores and exponential noise are (rows, vocabulary).
+
+    The likeliest token after dividing by such noise is a draw from the softmax.
+    """
+    logprobs = (scores / temperature[:, None].float()).log_softmax(-1)
+    top_p, top_k = top_p[:, None], top_k[:, None]
+    top = logprobs.topk(min(1024, scores.shape[-1])).values  # no full sort
+    likelier = top.exp().cumsum(-1) - top.exp()  # probability of the tokens before
+    rank = torch.arange(top.shape[-1], device=top.device)
+    kept = (likelier < top_p) & ((rank < top_k) | (top_k == 0))
+    least = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    dropped = (logprobs < least) & ((top_p < 1) | (top_k > 0))
+    return (logprobs - noise.log()).masked_fill(dropped, -torch.inf).argmax(-1)
 
 
 # ------------------------------------------------------------------------------
@@ -349,7 +417,7 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
     return attend(q.contiguous(), kv, module.kv_cache, scale)[None], None
 
 
-class FlashRunner(model_runner.ModelRunner):
+class FlashRunner(Runner):
     """Runs steps in a few fixed shapes, all of them prepared by `warmup`.
 
     A page of the cache holds the keys of its tokens, and the next page their values.
@@ -403,16 +471,6 @@ class FlashRunner(model_runner.ModelRunner):
         self.options["window_size"] = (-1, -1 if decode else 0)
         self.options["num_splits"] = None if decode and reach > NEAR else 1
         super().compute_batch(model, batch_data)
-        states = [each.state for each in host.requests_in_batch if each.has_new_token]
-        chosen = [row for row, s in enumerate(states) if s.logit_processor_kwargs]
-        if chosen:  # sampling is not in the graph: greedy rows do not pay for it
-            with torch.cuda.stream(ios.compute_stream):
-                # From pinned memory: any other copy would wait for the GPU.
-                pinned = torch.tensor(chosen).pin_memory()
-                index = pinned.to(model.device, non_blocking=True)
-                arguments = batch_data["logits_processor_args"][:, index]
-                drawn = self.logit_processor.draw(self.scores[index], arguments)
-                device.output_ids[0, index] = drawn.argmax(-1).int()
 
     def _forward_process_and_sample(
         self, model: nn.Module, batch: dict, *io: Any
@@ -431,10 +489,6 @@ class FlashRunner(model_runner.ModelRunner):
         FlashRunner.step = torch.cat((slots, slots + PAGE)), options
         super()._forward_process_and_sample(model, batch, *io)
 
-    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        self.scores[: scores.shape[1]].copy_(scores[0])
-        super()._sample(scores, output_ids)
-
     def warmup(self, model: nn.Module) -> None:
         """Compile the layers and capture every graph, for both sets of buffers."""
         layers, owner = model.model.layers, self.cache.layer_to_allocator
@@ -444,9 +498,8 @@ class FlashRunner(model_runner.ModelRunner):
             layer.self_attn.kv_cache = view[: len(views[-1])]
             if can_compile():
                 layer.compile(fullgraph=True)
-        self.logit_processor.deferred = True
+        self.allocate(model)
         most = self.cb_config.max_requests_per_batch
-        self.scores = torch.empty(most, model.config.vocab_size, device=model.device)
         decode = sorted({*(2**i for i in range(most.bit_length())), most}, reverse=True)
         # The largest comes first: the compiled kernels are tuned for the first they see.
         shapes = [(size, PAGE) for size in LARGE + GRAPHS[::-1]]
@@ -484,6 +537,7 @@ def can_compile() -> bool:
 
 def pick_attention(device: torch.device) -> str:
     """Teach the library this attention; its name, or "sdpa" where it cannot run."""
+    batching.continuous_api.ModelRunner = Runner
     if device.type != "cuda":
         return "sdpa"
     paged = "block_table" in (getattr(varlen_attn, "__kwdefaults__", None) or {})
@@ -502,14 +556,22 @@ def pick_attention(device: torch.device) -> str:
     flash._lazy_imports = lazy_imports
     transformers.AttentionInterface.register(FLASH, flash_attention)
     transformers.AttentionMaskInterface.register(FLASH, flash_attention_mask)
-    continuous_api.ModelRunner = FlashRunner
-    input_outputs.ContinuousBatchingIOs._get_graph_key = lambda io: io.graph_key
+    batching.continuous_api.ModelRunner = FlashRunner
+    ios = batching.input_outputs.ContinuousBatchingIOs
+    ios._get_graph_key = lambda io: io.graph_key
     return FLASH
 
 
 # ------------------------------------------------------------------------------
 # Engine
 # ------------------------------------------------------------------------------
+
+
+class Unavailable(HTTPException):
+    """503: loading, full, restarting or leaving. Trying again helps."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(503, why, {"Retry-After": "1"})
 
 
 class Answer:
@@ -526,10 +588,18 @@ class Answer:
         self.prompt_tokens = self.completion_tokens = 0
         self.text, self.held = "", ""  # held: perhaps the beginning of a stop string
         self.finish_reason: Finish | None = None
+        self.error: HTTPException | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.end = asyncio.get_running_loop().create_future()  # its result, or an error
-        self.grown = asyncio.Event()  # set for every change, cleared by a stream
-        self.started, self.first_token = time.monotonic(), 0.0
+        self.grown = asyncio.Event()  # set for every change
+        self.timer: asyncio.TimerHandle | None = None  # its time limit
+        self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
+
+    async def more(self) -> None:
+        """Wait until it has grown or ended. Raises what went wrong."""
+        await self.grown.wait()
+        self.grown.clear()
+        if self.error:
+            raise self.error
 
     def feed(self, token: bytes | None) -> None:
         """Add the bytes of a token, None for one that ends the answer."""
@@ -549,89 +619,29 @@ class Answer:
         if self.finish_reason is None:
             self.finish_reason, self.text = reason, self.text + self.held
 
-    def fail(self, why: str) -> None:
-        if not self.end.done():
-            self.end.set_exception(Unavailable(why))
-
     def usage(self) -> dict[str, int]:
         counts = self.prompt_tokens, self.completion_tokens
         return dict(zip(USAGE, (*counts, sum(counts)), strict=True))
 
-
-class Sampler(cb_logits_processors.ContinuousBatchingLogitsProcessorList):
-    """Chooses tokens row by row, so greedy and sampled requests share a batch.
-
-    The library takes the arg-max of what this returns. A greedy row passes through
-    unchanged; a sampled one is filtered and gets Gumbel noise, and the arg-max of
-    that is a draw from the softmax. The noise is a hash of seed, position and token:
-    no generator state that other requests, preemption or a CUDA graph could disturb.
-    """
-
-    candidates = 1024  # top_p looks at this many likeliest tokens: no full sort
-    deferred = False
-
-    def __init__(self) -> None:
-        super().__init__(transformers.LogitsProcessorList())
-        self.do_processing, self.tensors_required = True, 4  # rows of int32
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
-
-    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """The wire format has checked them."""
-
-    def prepare_tensor_args(self, requests_in_batch: list, arg_storage: Tensor) -> None:
-        """Millionths of temperature (0 is greedy) and top_p, top_k, key of the noise."""
-        states = [r.state for r in requests_in_batch if r.has_new_token]
-        arg_storage[:, : len(states)] = 0
-        for row, state in enumerate(states):
-            if chosen := state.logit_processor_kwargs.get("sampling"):
-                # position_offset counts prompt and answer, also after a preemption.
-                seed = chosen[3] & 0xFFFFFFFF, chosen[3] >> 32 & 0xFFFFFFFF
-                key = hash((*seed, state.position_offset)) & 0x7FFFFFFF
-                arg_storage[:, row] = torch.tensor((*chosen[:3], key))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, args: Tensor) -> Tensor:
-        """scores (rows, vocabulary) float32, args (4, rows) int32."""
-        if not self.deferred:  # FlashRunner does it, after its CUDA graph
-            rows = args[0, : len(scores)].nonzero()[:, 0]
-            if len(rows):
-                scores[rows] = self.draw(scores[rows], args[:, rows])
-        return scores
-
-    def draw(self, scores: Tensor, args: Tensor) -> Tensor:
-        """Filtered log-probabilities plus Gumbel noise, to take the arg-max of."""
-        temperature, top_p, top_k, key = args[..., None]
-        logprobs = (scores * (1e6 / temperature)).log_softmax(-1)
-        top = logprobs.topk(min(self.candidates, scores.shape[-1])).values
-        likelier = top.exp().cumsum(-1) - top.exp()  # probability of the tokens before
-        rank = torch.arange(top.shape[-1], device=top.device)
-        kept = (likelier < top_p / 1e6) & ((rank < top_k) | (top_k == 0))
-        least = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-        dropped = (logprobs < least) & ((top_p < 10**6) | (top_k > 0))
-        token = torch.arange(scores.shape[-1], device=key.device)
-        mixed = (token * 0x1B873593) ^ key
-        for multiplier in (0x7FEB352D, 0x31848BAB):  # no product passes 2^63
-            mixed = mixed & 0xFFFFFFFF
-            mixed = (mixed ^ (mixed >> 15)) * multiplier
-        uniform = ((mixed >> 8 & 0xFFFFFF).float() + 0.5) * 2.0**-24
-        gumbel = -(-torch.log1p(-uniform)).log()
-        return (logprobs + gumbel).masked_fill(dropped, -torch.inf)
-
-
-class Unavailable(HTTPException):
-    """503: loading, full, restarting or leaving. Trying again helps."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(503, why, {"Retry-After": "1"})
+    def account(self) -> str:
+        """Count it for /metrics. Returns what the log says of it."""
+        first, later = self.first_token - self.started, self.completion_tokens - 1
+        PROMPT_TOKENS.inc(self.prompt_tokens)
+        NEW_TOKENS.inc(self.completion_tokens)
+        if self.first_token:
+            FIRST.observe(first)
+        if later > 0:
+            EACH.observe((self.last_token - self.first_token) / later)
+        used = f"in={self.prompt_tokens} out={self.completion_tokens}"
+        return f"{used} first={max(first, 0):.3f}s"
 
 
 def pick_device(settings: Settings) -> torch.device:
     """The device to run on. Raises ValueError if it is missing or unsuitable."""
     small = settings.demo and not torch.cuda.is_available()
-    if settings.device == "cpu" or (settings.device == "auto" and small):
-        return torch.device("cpu")
-    device = torch.device(settings.device.replace("auto", "cuda:0"))
+    device = torch.device(settings.device.replace("auto", "cpu" if small else "cuda:0"))
+    if device.type == "cpu":
+        return device
     try:
         name = torch.cuda.get_device_name(device)  # torch explains old drivers well
     except (AssertionError, RuntimeError) as error:
@@ -645,25 +655,42 @@ def pick_device(settings: Settings) -> torch.device:
     return device
 
 
+def preflight(settings: Settings) -> torch.device:
+    """The device. Raises ValueError for what can be known before loading."""
+    folder = settings.model
+    if not settings.demo and (missing := model_download.missing_files(folder)):
+        lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
+        hint = "python model_download.py downloads phi-4, --demo needs no download"
+        raise ValueError(f"{folder} {lacks}: {hint}")
+    device = pick_device(settings)
+    if device.type == "cuda":
+        weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        needed = weights * (1 + (settings.dtype == "float32")) / 2**30 + 2
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        if free < needed:
+            raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
+    return device
+
+
 class Engine:
     """The model, the one thread that runs it, and the requests it has in hand."""
 
     manager: Any = None
     device: torch.device | None = None
-    rows = 0  # places for requests
+    rows = 0  # requests in flight at most
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.created = settings, int(time.time())
         folder = model_download.DEMO_NAME if settings.demo else settings.model.resolve()
         self.name = settings.served_model_name or Path(folder).name
         self.state: Literal["loading", "ok", "draining"] = "loading"
-        self.pending: set[Answer] = set()  # that have a place or wait for one
+        self.pending: dict[str, Answer] = {}  # in flight or waiting
         self.tokenizing = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
 
     def load(self) -> None:
-        """Load and start the model; takes seconds to minutes."""
+        """Load the model and warm it up; takes seconds to minutes."""
         settings, started = self.settings, time.monotonic()
-        self.device = pick_device(settings)
+        self.device = preflight(settings)
         gpu = self.device.type == "cuda"
         # Processors that multiply bfloat16 are faster with it, others far slower.
         fast = "bfloat16" if gpu or torch.cpu._is_avx512_bf16_supported() else "float32"
@@ -684,15 +711,16 @@ class Engine:
         self.vocabulary = model.config.vocab_size
         if len(self.token_bytes) > self.vocabulary:
             raise ValueError("the tokenizer has more tokens than the model")
-        self.rows = settings.max_in_flight or (128 if gpu else 16)
-        self.places = asyncio.Semaphore(self.rows)
-        page = PAGE if gpu else 16
-        cache_tokens = settings.cache_tokens or (None if gpu else 16384)
+        rows, page, cache, batch = (16, 16, 16384, 256)
+        if gpu:
+            rows, page, cache, batch = (128, PAGE, 0, 8192)
+        self.rows = settings.max_in_flight or rows
+        cache = settings.cache_tokens or cache
         self.capacity = model.config.max_position_embeddings
         config = transformers.ContinuousBatchingConfig(
             page_size=page,
-            num_blocks=cache_tokens and -(-cache_tokens // page),
-            max_batch_tokens=settings.batch_tokens or (8192 if gpu else 256),
+            num_blocks=-(-cache // page) or None,  # None: what is left of the GPU
+            max_batch_tokens=settings.batch_tokens or batch,
             max_requests_per_batch=self.rows,
             max_blocks_per_request=-(-self.capacity // page) if gpu else 0,
             allow_block_sharing=settings.prefix_sharing,
@@ -700,12 +728,10 @@ class Engine:
         )
         greedy = transformers.GenerationConfig(eos_token_id=self.end_tokens)
         self.manager = model.init_continuous_batching(greedy, config)
-        self.manager.logit_processor = Sampler()
+        self.manager.logit_processor.supported_keys["sampling"] = tuple
         self.manager.warmup()
-        blocks = self.manager.batch_processor.cache.num_blocks
-        self.capacity = min(self.capacity, blocks * page)
-        if self.state != "draining":
-            self.manager.start()
+        self.cache = self.manager.batch_processor.cache
+        self.capacity = min(self.capacity, self.cache.num_blocks * page)
         logger.info("loaded in %.1f s", time.monotonic() - started)
 
     def template(self, turns: list[Turn]) -> list[int]:
@@ -715,15 +741,18 @@ class Engine:
         return self.tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
     async def run(self) -> None:
-        """Load, warm up, then watch: a generation thread that died is started again;
-        one that hangs cannot be, so the process ends and its supervisor restarts it."""
+        """Load, then watch: a generation thread that died is started again; one that
+        hangs cannot be, so the process ends and its supervisor restarts it."""
+        loop = asyncio.get_running_loop()
         try:
             # A thread that ends takes its OpenMP threads along: as long as others
             # exist, those of the generation thread sleep at every barrier.
             with ThreadPoolExecutor(1) as loading:
-                await asyncio.get_running_loop().run_in_executor(loading, self.load)
-            warming = ChatRequest(prompt="Hello", max_new_tokens=2)
-            await self.converse(warming, Answer(self.name, None))
+                await loop.run_in_executor(loading, self.load)
+            router = self.manager.output_router
+            router.deliver_batch = partial(loop.call_soon_threadsafe, self.receive)
+            router.deliver = lambda output: router.deliver_batch([output])
+            self.manager.start()
             self.state = "ok" if self.state == "loading" else self.state
             logger.info("ready: %s on %s", self.name, self.device)
             batch, moved = -1, time.monotonic()
@@ -738,17 +767,16 @@ class Engine:
         except Exception as error:
             logger.critical("%s cannot be served: %s", self.name, error)
             logger.debug("details", exc_info=True)
-            self.fail_all("the engine failed for good")
-            await asyncio.sleep(1 if self.pending else 0)  # for the 503s to get out
+            self.release_all("the engine failed for good")
+            await asyncio.sleep(0.5)  # for the 503s to get out
             self.exit(EXIT_LOAD if self.state == "loading" else EXIT_ENGINE)
 
     async def revive(self) -> None:
         """Start a dead generation thread again. Raises if the GPU does not work."""
         reason = self.manager.background_thread_status.fatal_error
         logger.error("generation died and is started again: %s", reason)
-        self.fail_all("the engine failed and is restarting")
+        self.release_all("the engine failed and is restarting")
         await asyncio.to_thread(self.manager.join, time.perf_counter())
-        self.manager.output_router.result_handlers.clear()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
@@ -767,94 +795,85 @@ class Engine:
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
         return "down" if self.state == "ok" and not self.alive() else self.state
 
-    def fail_all(self, why: str) -> None:
-        for answer in self.pending:
-            answer.fail(why)
-
     def exit(self, code: int) -> None:
         os._exit(code)  # a thread may hang: there is no ordinary way out
 
     async def close(self) -> None:
         self.state = "draining"
-        self.fail_all("the server is leaving")
+        self.release_all("the server is leaving")
         if self.manager is not None:
             await asyncio.to_thread(self.manager.stop, True, 15, False, True)
 
-    async def converse(self, body: Body, answer: Answer) -> None:
-        """The one path of a request: admit, template, submit; `answer` grows meanwhile.
-
-        Cancelling it frees its place. Raises HTTPException: 400, 503 or 504.
-        """
-        settings = self.settings
+    async def submit(self, body: ChatRequest | OpenAIRequest, answer: Answer) -> None:
+        """Admit, template and submit a request: its answer grows from then on, until
+        it is released. Raises HTTPException: 400, 503 or 504."""
+        settings, loop = self.settings, asyncio.get_running_loop()
         waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * self.rows
+        if self.status != "ok":
+            raise Unavailable(f"the server is {self.status}")
         if len(self.pending) >= self.rows + waiting:
             raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
-        self.pending.add(answer)
-        try:
-            async with asyncio.timeout(settings.request_timeout), self.places:
-                if answer.end.done():
-                    return answer.end.result()  # the engine failed meanwhile
-                run = asyncio.get_running_loop().run_in_executor
-                tokens = await run(self.tokenizing, self.template, body.turns())
-                prompt, wanted = len(tokens), body.max_new_tokens
-                room, answer.prompt_tokens = self.capacity - prompt, prompt
-                limit = min(wanted or settings.max_new_tokens, room)
-                if limit < (wanted or 1):
-                    need = f"{prompt} prompt tokens and {wanted or 'any'} new ones"
-                    fit = f"{need} do not fit in {self.capacity} tokens"
-                    raise HTTPException(400, fit)
-                await self.generate(tokens, limit, answer, body.sampler_arguments())
-        except TimeoutError as error:
-            late = f"not finished after {settings.request_timeout:g} seconds"
-            raise HTTPException(504, late) from error
-        finally:
-            self.pending.discard(answer)
-            answer.grown.set()
+        self.pending[answer.id], patience = answer, settings.request_timeout
+        late = HTTPException(504, f"not finished after {patience:g} seconds")
+        answer.timer = loop.call_later(patience, self.release, answer, late)
+        turns = body.turns()
+        tokens = await loop.run_in_executor(self.tokenizing, self.template, turns)
+        prompt, wanted = len(tokens), body.max_new_tokens
+        room, answer.prompt_tokens = self.capacity - prompt, prompt
+        limit = min(wanted or settings.max_new_tokens, room)
+        if limit < (wanted or 1):
+            need = f"{prompt} prompt tokens and {wanted or 'any'} new ones"
+            raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
+        if answer.error:
+            raise answer.error
+        self.generate(tokens, limit, answer, body.sampling())
 
-    async def generate(
+    def generate(
         self, tokens: list[int], limit: int, answer: Answer, sampling: dict[str, Any]
     ) -> None:
         """Let an answer of up to `limit` tokens grow. Raises ValueError for what would
-        kill the generation thread, Unavailable if that dies."""
+        kill the generation thread, Unavailable if that is dead."""
         if not 0 <= min(tokens, default=-1) <= max(tokens) < self.vocabulary:
             raise ValueError("token ids outside the vocabulary, or none")
         if len(tokens) + limit > self.capacity:
             raise ValueError("more tokens than the cache holds")
-        arguments = {"streaming": True, "eos_token_id": self.end_tokens} | sampling
-        try:
-            receive = partial(self.receive, answer)
-            self.manager.register_result_handler(answer.id, receive)
-            if not self.manager.add_request(tokens, answer.id, limit, **arguments):
-                raise Unavailable("the engine is restarting")
-            await answer.end
-        finally:
-            self.forget(answer.id)
+        options = {"streaming": True, "eos_token_id": self.end_tokens} | sampling
+        if not self.manager.add_request(tokens, answer.id, limit, **options):
+            raise Unavailable("the engine is restarting")
 
-    def receive(self, answer: Answer, output: GenerationOutput) -> None:
-        """Bring an answer up to the engine's newest output; on the event loop."""
-        if answer.end.done():
-            return
-        if output.error:
-            return answer.fail("the engine failed and is restarting")
-        answer.first_token = answer.first_token or time.monotonic()
-        for token in output.generated_tokens[answer.completion_tokens :]:
-            if answer.finish_reason is None:
-                answer.feed(self.token_bytes[token])
-        if output.is_finished():
-            answer.finish("length")
-        answer.grown.set()
-        if answer.finish_reason:
-            answer.end.set_result(None)
+    def receive(self, outputs: list[Any]) -> None:
+        """Bring answers up to the engine's newest outputs; on the event loop."""
+        for output in outputs:
+            answer = self.pending.get(output.request_id)
+            if answer is None:  # a cancel that overtakes its own request is lost
+                self.manager.cancel_request(output.request_id)
+                continue
+            if output.error:
+                self.release(answer, Unavailable("the engine failed and is restarting"))
+                continue
+            answer.last_token = time.monotonic()
+            answer.first_token = answer.first_token or answer.last_token
+            for token in output.generated_tokens[answer.completion_tokens :]:
+                if answer.finish_reason is None:
+                    answer.feed(self.token_bytes[token])
+            if output.is_finished():
+                answer.finish("length")
+            if answer.finish_reason:
+                self.release(answer)
+            answer.grown.set()
 
-    def forget(self, request_id: str, again: int = 5) -> None:
-        """Cancel, more than once: a cancel that overtakes its own add is lost. The
-        handler stays for tokens that still come."""
-        if again:
-            self.manager.cancel_request(request_id)
-            loop = asyncio.get_running_loop()
-            loop.call_later(0.2, self.forget, request_id, again - 1)
-        else:
-            self.manager.output_router.result_handlers.pop(request_id, None)
+    def release(self, answer: Answer, error: HTTPException | None = None) -> None:
+        """Free the place of an answer that has ended, or that nobody waits for."""
+        if self.pending.pop(answer.id, None):
+            if answer.timer:
+                answer.timer.cancel()
+            self.manager.cancel_request(answer.id)
+            answer.error = error
+            answer.grown.set()
+
+    def release_all(self, why: str) -> None:
+        for answer in list(self.pending.values()):
+            self.release(answer, Unavailable(why))
 
 
 def bytes_of_tokens(tokenizer: Any, ends: list[int]) -> list[bytes | None]:
@@ -880,62 +899,47 @@ def bytes_of_tokens(tokenizer: Any, ends: list[int]) -> list[bytes | None]:
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
-async def reply(request: Request, body: Body) -> Response:
+async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
     """JSON, or a stream once its first token is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
-    if engine.status != "ok":
-        raise Unavailable(f"the server is {engine.status}")
     answer = request.state.answer = Answer(engine.name, body.stop)
-    work = request.state.work = asyncio.create_task(engine.converse(body, answer))
-    ready = asyncio.create_task(answer.grown.wait()) if body.stream else work
-    gone = asyncio.create_task(disconnected(request))
-    await asyncio.wait({ready, work, gone}, return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
-    if not ready.done() and not work.done():
-        return Response(status_code=499)  # for the log: the client has left
-    if work.done():
-        work.result()
+    await engine.submit(body, answer)
+    await answer.more()
     if body.stream:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        stream = events(request, body, answer, work)
+        stream = events(request, body, answer)
         return StreamingResponse(stream, 200, headers, "text/event-stream")
+    while not answer.finish_reason:
+        await answer.more()
     used = answer.finish_reason, answer.prompt_tokens, answer.completion_tokens
     names = "X-Finish-Reason", "X-Prompt-Tokens", "X-Completion-Tokens"
     headers = dict(zip(names, map(str, used), strict=True))
     return Response(body.answer(answer), 200, headers, "application/json")
 
 
-async def disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def events(
-    request: Request, body: Body, answer: Answer, work: asyncio.Task[None]
+    request: Request, body: ChatRequest | OpenAIRequest, answer: Answer
 ) -> AsyncIterator[bytes]:
     """Server-sent events of an answer whose first token is there."""
     sent, loop = None, asyncio.get_running_loop()
     while True:
-        answer.grown.clear()
-        if work.done() and (error := work.exception()):
-            data = (await problem(request, error)).body.decode()
-            yield format_sse_event(event="error", data_str=data)
-            return
-        # The answer may grow while a slow client takes these.
-        lines, sent, last = (
-            [*body.lines(answer, sent)],
-            len(answer.text),
-            answer.finish_reason,
-        )
+        lines = [*body.lines(answer, sent)]  # it may grow while a slow client reads
+        sent, last = len(answer.text), answer.finish_reason
         for line in lines:
             yield format_sse_event(data_str=line)
         if last:
             return
         ping = loop.call_later(PING_SECONDS, answer.grown.set)
-        await answer.grown.wait()
+        try:
+            await answer.more()
+        except HTTPException as error:
+            data = (await problem(request, error)).body.decode()
+            yield format_sse_event(event="error", data_str=data)
+            return
+        finally:
+            ping.cancel()
         if loop.time() >= ping.when():
             yield KEEPALIVE_COMMENT
-        ping.cancel()
 
 
 async def problem(request: Request, error: Any) -> Response:
@@ -984,10 +988,10 @@ class Health(BaseModel):
     device: str
 
 
-def answers(problem: type[BaseModel], stream: bool = True) -> dict[int | str, Any]:
-    """The other answers of a route, for the documentation."""
-    codes = (400, 401, 408, 413, 500, 503, 504) if stream else (401,)
-    events = {200: {"content": {"text/event-stream": {}}}} if stream else {}
+def answers(problem: type[BaseModel]) -> dict[int | str, Any]:
+    """The other answers of a chat route, for the documentation."""
+    codes = 400, 401, 408, 413, 500, 503, 504
+    events = {200: {"content": {"text/event-stream": {}}}}
     return events | {code: {"model": problem} for code in codes}
 
 
@@ -1002,16 +1006,16 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 
 
 # "default" keeps FastAPI from adding its own 422: this route answers 400.
-OPENAI = answers(OpenAIProblem) | {"default": {"model": OpenAIProblem}}
+OTHER = answers(OpenAIProblem) | {"default": {"model": OpenAIProblem}}
 
 
-@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI)
+@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OTHER)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
 
 
-@secured.get("/v1/models", responses=answers(OpenAIProblem, stream=False))
+@secured.get("/v1/models", responses={401: {"model": OpenAIProblem}})
 async def models(request: Request) -> dict[str, Any]:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
@@ -1039,8 +1043,92 @@ async def docs(request: Request) -> Response:
     )
 
 
+REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
+PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
+NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
+FIRST = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
+EACH = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
+IN_FLIGHT = Gauge("phi4_requests_in_flight", "Requests being generated")
+WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
+CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
+
+
+FIGURES = {200: {"content": {"text/plain": {}}}, 401: {"model": Problem}}
+
+
+@secured.get("/metrics", response_class=Response, responses=FIGURES)
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    engine: Engine = request.app.state.engine
+    IN_FLIGHT.set(min(len(engine.pending), engine.rows))
+    WAITING.set(max(len(engine.pending) - engine.rows, 0))
+    if engine.rows:
+        CACHE.set(1 - engine.cache.compute_free_capacity())
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+class Exchange:
+    """A request and its response on their way between the client and the routes: it has
+    an id, limits for its body, and an end with a log line."""
+
+    status, size = 500, 0
+    gone: asyncio.Task[Message] | None = None
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.request, self.arrive, self.depart = Request(scope), receive, send
+        self.settings: Settings = scope["app"].state.settings
+        self.started, self.task = time.monotonic(), asyncio.current_task()
+        given = self.request.headers.get("x-request-id", "")
+        valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
+        self.id = given if valid else secrets.token_hex(8)
+
+    async def receive(self) -> Message:
+        """The next part of the body. Raises HTTPException: 408, 413."""
+        if self.gone:
+            return await asyncio.shield(self.gone)
+        closing = {"Connection": "close"}  # the rest of the body is not wanted
+        left = self.started + self.settings.body_timeout - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self.arrive(), left)
+        except TimeoutError as error:
+            raise HTTPException(408, "the body came too slowly", closing) from error
+        self.size += len(message.get("body", b""))
+        if self.size > self.settings.max_body_bytes:
+            why = f"the body has more than {self.settings.max_body_bytes} bytes"
+            raise HTTPException(413, why, closing)
+        if not message.get("more_body"):
+            self.gone = asyncio.create_task(self.leave())
+        return message
+
+    async def leave(self) -> Message:
+        """After the body only the client's end can come: it ends the work."""
+        message = await self.arrive()
+        self.task.cancel()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"].append((b"x-request-id", self.id.encode()))
+        await self.depart(message)
+
+    def end(self) -> None:
+        """Free the place, count, log."""
+        if self.gone:
+            self.gone.cancel()
+        scope, request = self.request.scope, self.request
+        REQUESTS.labels(getattr(scope.get("route"), "path", "other"), self.status).inc()
+        path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
+        line = f"{self.id} {request.method} {path} {self.status}"
+        if answer := getattr(request.state, "answer", None):
+            request.app.state.engine.release(answer)
+            line += f" {answer.account()}"
+        level = logging.DEBUG if path == "/health" else logging.INFO
+        logger.log(level, "%s total=%.3fs", line, time.monotonic() - self.started)
+
+
 class Observe:
-    """Gives a request its id, a time limit for its body, its log line and its end."""
+    """The middleware that makes an Exchange of every request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1048,51 +1136,13 @@ class Observe:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request, started, status = Request(scope), time.monotonic(), 500
-        settings: Settings = scope["app"].state.settings
-        patience, size = settings.body_timeout, 0
-        given = request.headers.get("x-request-id", "")
-        valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
-        request_id = given if valid else secrets.token_hex(8)
-        closing = {"Connection": "close"}  # the rest of the body is not wanted
-
-        async def timed_receive() -> Message:
-            nonlocal patience, size
-            try:
-                left = patience and started + patience - time.monotonic()
-                message = await asyncio.wait_for(receive(), left)
-            except TimeoutError as error:
-                raise HTTPException(408, "the body came too slowly", closing) from error
-            size += len(message.get("body", b""))
-            if size > settings.max_body_bytes:
-                why = f"the body has more than {settings.max_body_bytes} bytes"
-                raise HTTPException(413, why, closing)
-            patience = patience if message.get("more_body") else None
-            return message
-
-        async def labelled_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"].append((b"x-request-id", request_id.encode()))
-            await send(message)
-
+        exchange = Exchange(scope, receive, send)
         try:
-            await self.app(scope, timed_receive, labelled_send)
-        except asyncio.CancelledError:
-            if scope["app"].state.engine.state != "draining":
-                raise
+            await self.app(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:  # the client has left, or the server has to
+            exchange.status = 499 if exchange.status == 500 else exchange.status
         finally:
-            answer: Answer | None = getattr(request.state, "answer", None)
-            path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
-            line = f"{request_id} {request.method} {path} {status}"
-            if answer is not None:
-                request.state.work.cancel()
-                first = max(answer.first_token - answer.started, 0)
-                line += f" in={answer.prompt_tokens} out={answer.completion_tokens}"
-                line += f" first={first:.3f}s"
-            level = logging.DEBUG if path == "/health" else logging.INFO
-            logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
+            exchange.end()
 
 
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
@@ -1122,6 +1172,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings, app.state.engine = settings, engine
     app.include_router(secured)
     app.include_router(public)
+    if origins := settings.cors_origins.replace(",", " ").split():
+        app.add_middleware(
+            CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
+        )
     app.add_middleware(Observe)
     return app
 
@@ -1150,26 +1204,13 @@ class Server(uvicorn.Server):
         engine: Engine = self.config.app.state.engine
         late = time.monotonic() - self.leaving > engine.settings.drain_timeout
         if self.leaving and late:
-            engine.fail_all("the server is leaving")
+            engine.release_all("the server is leaving")
         self.should_exit |= self.leaving > 0 and not engine.pending
         return await super().on_tick(counter)
 
 
-def preflight(settings: Settings) -> socket.socket:
-    """The bound port. Raises ValueError for what can be known before loading."""
-    folder = settings.model
-    if not settings.demo and not folder.is_dir():
-        hint = "python model_download.py downloads phi-4, --demo needs no download"
-        raise ValueError(f"there is no folder {folder}: {hint}")
-    if not settings.demo and (missing := model_download.missing_files(folder)):
-        raise ValueError(f"{folder} is incomplete, it lacks {', '.join(missing)}")
-    device = pick_device(settings)
-    if device.type == "cuda":
-        weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        needed = weights * (1 + (settings.dtype == "float32")) / 2**30 + 2
-        free = torch.cuda.mem_get_info(device)[0] / 2**30
-        if free < needed:
-            raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
+def listen(settings: Settings) -> socket.socket:
+    """The bound port. Raises ValueError if it cannot be had."""
     address = settings.host, settings.port
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
@@ -1184,7 +1225,8 @@ def main() -> int:
     try:
         settings = Settings(_cli_parse_args=True)
         logger.setLevel(settings.log_level.upper())
-        listener = preflight(settings)
+        preflight(settings)
+        listener = listen(settings)
     except ValidationError as error:
         for e in error.errors():
             option = str(e["loc"][0]).replace("_", "-")
@@ -1198,12 +1240,8 @@ def main() -> int:
     if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    options = {
-        "log_config": None,
-        "http": "h11",
-        "access_log": False,
-        "timeout_graceful_shutdown": 5,
-    }
+    options = {"log_config": None, "http": "h11", "access_log": False}
+    options["timeout_graceful_shutdown"] = 5
     Server(uvicorn.Config(create_app(settings), **options)).run([listener])
     return 0
 

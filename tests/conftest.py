@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import scripted
 import tiny
 
 import api
@@ -67,10 +68,10 @@ class Running:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(DEADLINE)
 
     def idle(self) -> bool:
-        """Nothing in flight, nothing cached for a request, no handler left."""
+        """Nothing in flight, nothing cached for a request, no output unread."""
         scheduler = self.engine.manager.batch_processor.scheduler
-        handlers = self.engine.manager.output_router.result_handlers
-        left = (scheduler.active_requests, scheduler.waiting_requests, handlers)
+        unread = self.engine.manager.output_router.output_queue.queue
+        left = (scheduler.active_requests, scheduler.waiting_requests, unread)
         return not any(left) and not self.engine.pending
 
 
@@ -159,6 +160,14 @@ def phi4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_folder() -> Path:
     """The demo model, converted at most once per checkout."""
     return model_download.demo_model(ROOT / "models")
+
+
+@pytest.fixture(scope="session")
+def counting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that a test can let say what it wants: see scripted.py."""
+    folder = tmp_path_factory.mktemp("models") / "counting"
+    scripted.counting_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers.generation.continuous_batching import continuous_api, initialization
+from transformers.generation.continuous_batching import (
+    continuous_api,
+    initialization,
+    input_outputs,
+)
 
 import api
 
@@ -87,7 +91,7 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     for module, name in (
         (api.flash, "_lazy_imports"),
         (continuous_api, "ModelRunner"),
-        (api.input_outputs.ContinuousBatchingIOs, "_get_graph_key"),
+        (input_outputs.ContinuousBatchingIOs, "_get_graph_key"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(api, "varlen_attn", api.varlen_attn)
@@ -124,14 +128,14 @@ def answers(
         max_blocks_per_request=20,
     )
     manager = served.init_continuous_batching(greedy, config)
-    manager.logit_processor = api.Sampler()
+    manager.logit_processor.supported_keys["sampling"] = tuple
     manager.warmup()
     manager.start()
     done: dict[str, list[int]] = {}
     try:
         for batch in (range(len(prompts) - 1), [len(prompts) - 1]):
             for i in batch:
-                extra = {"sampling": (10**6, 10**6, 0, 7)} if i in sampled else {}
+                extra = {"sampling": (1.0, 1.0, 0, 7)} if i in sampled else {}
                 manager.add_request(prompts[i], str(i), max_new_tokens=24, **extra)
             while not all(str(i) in done for i in batch):
                 output = manager.get_result(timeout=30)

@@ -225,5 +225,5 @@ def test_a_server_that_does_not_start_is_one_error_with_its_log(tmp_path: Path) 
         async with way.running():
             pass
 
-    with pytest.raises(benchmark.BenchmarkError, match=r"it failed.*\n.*no folder"):
+    with pytest.raises(benchmark.BenchmarkError, match=r"it failed.*\n.*is no folder"):
         asyncio.run(start())

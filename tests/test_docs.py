@@ -20,6 +20,7 @@ METHODS = {
     ("/v1/chat/completions", "post"),
     ("/v1/models", "get"),
     ("/health", "get"),
+    ("/metrics", "get"),
 }
 
 
@@ -51,7 +52,8 @@ def test_every_operation_says_what_it_does_and_how_it_fails(schema):
     for path, method, operation in operations(schema):
         assert operation["summary"] and operation["description"], path
         answers = operation["responses"]
-        assert "application/json" in answers["200"]["content"]
+        media = "text/plain" if path == "/metrics" else "application/json"
+        assert media in answers["200"]["content"]
         if method == "post":
             assert {"400", "401", "408", "413", "500", "503", "504"} <= set(answers)
             assert ("422" in answers) == (path == "/"), path
@@ -111,7 +113,7 @@ def test_a_key_can_be_entered_on_the_page(schema):
     secured = {
         path for path, _, operation in operations(schema) if operation.get("security")
     }
-    assert secured == {"/", "/v1/chat/completions", "/v1/models"}
+    assert secured == {"/", "/v1/chat/completions", "/v1/models", "/metrics"}
 
 
 def test_the_demo_says_that_it_is_not_phi_4():

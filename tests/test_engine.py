@@ -36,15 +36,21 @@ def still_serves(server: Running) -> None:
     wait_until(server.idle)
 
 
-def generate(server: Running, tokens: list[Any], limit: int = 4) -> api.Answer:
+async def generated(engine: api.Engine, tokens: list[Any], limit: int) -> api.Answer:
     """Past the wire format, straight to the engine."""
+    done = api.Answer("test", None)
+    engine.pending[done.id] = done
+    try:
+        engine.generate(tokens, limit, done, {})
+        while not done.finish_reason:
+            await done.more()
+    finally:
+        engine.release(done)
+    return done
 
-    async def submit() -> api.Answer:
-        done = api.Answer("test", None)
-        await server.engine.generate(tokens, limit, done, {})
-        return done
 
-    return server.call(submit())
+def generate(server: Running, tokens: list[Any], limit: int = 4) -> api.Answer:
+    return server.call(generated(server.engine, tokens, limit))
 
 
 @contextlib.contextmanager
@@ -87,26 +93,25 @@ def engine_answers(
     """The same from the engine, all in flight at once, as token ids."""
     seen: dict[str, list[int]] = {}
     engine = server.engine
-    receive = engine.receive
+    router = engine.manager.output_router
+    deliver = router.deliver_batch
 
-    def spy(done: api.Answer, output: Any) -> None:
-        seen[done.id] = output.generated_tokens
-        receive(done, output)
+    def spy(outputs: list[Any]) -> None:
+        seen.update({each.request_id: [*each.generated_tokens] for each in outputs})
+        deliver(outputs)
 
     async def ask(turn: list[dict]) -> list[int]:
-        done = api.Answer("test", None)
         ids = engine.template([api.Turn(**message) for message in turn])
-        await engine.generate(ids, new, done, {})
-        return seen[done.id]
+        return seen[(await generated(engine, ids, new)).id]
 
     async def all_at_once() -> list[list[int]]:
         return await asyncio.gather(*map(ask, turns))
 
-    engine.receive = spy
+    router.deliver_batch = spy
     try:
         return server.call(all_at_once())
     finally:
-        engine.receive = receive
+        router.deliver_batch = deliver
 
 
 def test_greedy_answers_equal_generate(server: Running, tiny_folder: Path) -> None:

@@ -33,6 +33,7 @@ PROTECTED = [
         {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     ),
     ("GET", "/v1/models", None),
+    ("GET", "/metrics", None),
 ]
 WRONG = [
     None,

@@ -21,13 +21,6 @@ MODEL = "gpt-4o"  # what existing programs ask for
 
 
 @pytest.fixture(scope="module")
-def counting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "counting"
-    scripted.counting_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def counting(counting_folder: Path) -> Iterator[Running]:
     options = {"model": counting_folder, "served_model_name": "phi-4"}
     with running(**options) as served, scripted.Gate(served.engine) as gate:

@@ -5,12 +5,14 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import cancel
 import pytest
 import requests
 import torch
 from conftest import running, wait_until
+from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 import api
 
@@ -20,30 +22,34 @@ LIKELIEST = LOGITS.argsort(descending=True).tolist()
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 48}
 
 
-def arguments(asked: list[tuple[Any, int]]) -> torch.Tensor:
-    """What the Sampler is told of (sampler arguments, position) pairs."""
-    states = [
-        SimpleNamespace(logit_processor_kwargs=k, position_offset=p) for k, p in asked
-    ]
-    batch = [SimpleNamespace(state=state, has_new_token=True) for state in states]
-    storage = torch.zeros(4, len(batch) + 3, dtype=torch.int32)  # a few rows too many
-    api.Sampler().prepare_tensor_args(batch, storage)
-    return storage
+def state(seed: int, position: int, **sampling: Any) -> SimpleNamespace:
+    """What the engine knows of a request that has come to this position."""
+    asked = api.ChatRequest(prompt="x", seed=seed, **sampling).sampling()
+    return SimpleNamespace(logit_processor_kwargs=asked, position_offset=position)
+
+
+def choose(batch: list[SimpleNamespace], scores: torch.Tensor) -> list[int]:
+    """The tokens that a step of these requests ends with."""
+    runner = object.__new__(api.Runner)
+    runner.scores, runner.generator = scores, torch.Generator()
+    likeliest = scores.argmax(-1)[None].int()
+    runner.inputs_and_outputs = SimpleNamespace(
+        requests_in_batch=batch, compute_stream=None, output_ids=likeliest
+    )
+    with mock.patch.object(ModelRunner, "compute_batch"):
+        runner.compute_batch(SimpleNamespace(device=torch.device("cpu")), {})
+    return likeliest[0].tolist()
 
 
 def draw(
     rows: list[tuple[int, int]], logits: torch.Tensor = LOGITS, **sampling: Any
 ) -> list[int]:
     """One token for each (seed, position)."""
-    made = [
-        (
-            api.ChatRequest(prompt="x", seed=seed, **sampling).sampler_arguments(),
-            position,
-        )
-        for seed, position in rows
+    batch = [
+        SimpleNamespace(state=state(*row, **sampling), has_new_token=True)
+        for row in rows
     ]
-    scores = logits.repeat(len(rows), 1)
-    return api.Sampler()(None, scores, arguments(made)).argmax(-1).tolist()
+    return choose(batch, logits.repeat(len(rows), 1))
 
 
 def chi_square(observed: Counter[Any], expected: dict[Any, float]) -> None:
@@ -59,7 +65,7 @@ def chi_square(observed: Counter[Any], expected: dict[Any, float]) -> None:
 
 
 # ------------------------------------------------------------------------------
-# The Sampler
+# Drawing
 # ------------------------------------------------------------------------------
 
 
@@ -141,33 +147,26 @@ def test_a_large_vocabulary_has_no_favourites():
 
 
 def test_greedy_rows_pass_through_beside_sampled_ones():
-    generator = torch.Generator().manual_seed(3)
-    scores = torch.randn(6, 50, generator=generator)
-    one = api.ChatRequest(
-        prompt="x", temperature=1, top_p=0.5, seed=1
-    ).sampler_arguments()
-    rows = arguments([({}, 4), (one, 4)] * 3)
-    result = api.Sampler()(None, scores.clone(), rows)
-    assert torch.equal(result[::2], scores[::2])
-    assert not torch.equal(result[1::2], scores[1::2])
-    all_greedy = arguments([({}, 4)] * 6)
-    assert torch.equal(api.Sampler()(None, scores.clone(), all_greedy), scores)
+    scores = torch.randn(60, 50, generator=torch.Generator().manual_seed(3))
+    kinds = ({}, {"temperature": 2.0}) * 30
+    batch = [
+        SimpleNamespace(state=state(n, 4, **kind), has_new_token=True)
+        for n, kind in enumerate(kinds)
+    ]
+    chosen, likeliest = choose(batch, scores), scores.argmax(-1).tolist()
+    assert chosen[::2] == likeliest[::2]
+    assert chosen[1::2] != likeliest[1::2]
 
 
 def test_rows_without_a_new_token_take_no_place():
     """A prompt in the middle of its prefill is in the batch and has no scores."""
-    sampled = {"sampling": (10**6, 10**6, 0, 1)}
-    states = [
-        SimpleNamespace(logit_processor_kwargs=k, position_offset=4)
-        for k in ({}, sampled)
-    ]
     batch = [
-        SimpleNamespace(state=states[0], has_new_token=False),
-        SimpleNamespace(state=states[1], has_new_token=True),
+        SimpleNamespace(state=state(1, 4, temperature=1.0), has_new_token=False),
+        SimpleNamespace(state=state(2, 4), has_new_token=True),
+        SimpleNamespace(state=state(3, 9, temperature=1.0), has_new_token=True),
     ]
-    filled = torch.zeros(4, 2, dtype=torch.int32)
-    api.Sampler().prepare_tensor_args(batch, filled)
-    assert filled[0].tolist() == [10**6, 0]
+    flat = torch.zeros(3, 64)
+    assert choose(batch, flat) == [0, *draw([(3, 9)], flat[0], temperature=1.0), 0]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +189,7 @@ def test_different_seeds_draw_differently(one, other):
 
 def test_without_a_seed_every_request_has_its_own():
     asked = [api.ChatRequest(prompt="x", temperature=1) for _ in range(8)]
-    seeds = {body.sampler_arguments()["sampling"][-1] for body in asked}
+    seeds = {body.sampling()["sampling"][-1] for body in asked}
     assert len(seeds) == 8
 
 

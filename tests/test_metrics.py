@@ -1,0 +1,101 @@
+"""GET /metrics, and pages of other origins."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+import scripted
+from conftest import DEADLINE, Running, running, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def figures(server: Running) -> dict[tuple[str, ...], float]:
+    """The samples by name and label values, through Prometheus' own parser."""
+    response = requests.get(server.url + "/metrics", timeout=DEADLINE)
+    assert response.headers["Content-Type"].startswith("text/plain; version=")
+    families = [*text_string_to_metric_families(response.text)]
+    assert all(family.documentation for family in families)
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_requests_and_tokens_are_counted(server: Running) -> None:
+    before = figures(server)
+    done = server.post("count", max_new_tokens=7)
+    streamed = server.post("count", max_new_tokens=7, stream=True)
+    assert streamed.status_code == 200
+    assert server.post("count", top_p=9).status_code == 422
+    requests.get(server.url + "/nowhere", timeout=DEADLINE)
+    after = figures(server)
+
+    def grown(*name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown("phi4_requests_total", "/", "200") == 2
+    assert grown("phi4_requests_total", "/", "422") == 1
+    assert grown("phi4_requests_total", "other", "404") == 1
+    prompt = int(done.headers["X-Prompt-Tokens"])
+    assert grown("phi4_prompt_tokens_total") == 2 * prompt
+    assert grown("phi4_completion_tokens_total") == 14
+    for name in ("phi4_time_to_first_token", "phi4_time_per_output_token"):
+        assert grown(f"{name}_seconds_count") == 2
+        assert grown(f"{name}_seconds_sum") > 0
+
+
+def test_gauges_show_what_is_in_hand(tiny_folder: Path) -> None:
+    names = "requests_in_flight", "requests_waiting", "cache_usage_ratio"
+    with (
+        running(model=tiny_folder, max_in_flight=2, max_waiting=5) as served,
+        ThreadPoolExecutor(3) as clients,
+        scripted.Gate(served.engine) as gate,
+    ):
+
+        def gauges() -> list[float]:
+            now = figures(served)
+            return [now[f"phi4_{name}",] for name in names]
+
+        *none, idle = gauges()
+        assert none == [0, 0] and 0 <= idle < 0.01
+        gate.allow(2)
+        asked = [
+            clients.submit(served.post, f"{n}" * 300, max_new_tokens=9)
+            for n in range(3)
+        ]
+        wait_until(lambda: len(served.engine.pending) == 3)
+        wait_until(lambda: gate.left == 0)
+        *some, used = gauges()
+        assert some == [2, 1]
+        assert idle + 0.01 < used < 0.1  # 300 to 700 tokens of 16384
+        gate.allow()
+        assert all(each.result().ok for each in asked)
+        assert gauges()[:2] == [0, 0]
+
+
+def preflight(server: Running, origin: str) -> requests.Response:
+    headers = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    return requests.options(server.url, headers=headers, timeout=DEADLINE)
+
+
+def test_no_other_origin_may_ask(server: Running) -> None:
+    answer = preflight(server, "https://a.example")
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_the_origins_of_the_setting_may_ask(tiny_folder: Path) -> None:
+    origins = "https://a.example, https://b.example:8443"
+    with running(model=tiny_folder, cors_origins=origins) as served:
+        for origin in origins.split(", "):
+            answer = preflight(served, origin)
+            assert answer.ok
+            assert answer.headers["Access-Control-Allow-Origin"] == origin
+            assert "Access-Control-Allow-Credentials" not in answer.headers
+        for origin in ("https://c.example", "https://a.example.evil", "null"):
+            answer = preflight(served, origin)
+            assert "Access-Control-Allow-Origin" not in answer.headers
