@@ -84,8 +84,8 @@ def running(wait: bool = True, **options: Any) -> Iterator[Running]:
     ended: list[int] = []
     engine.exit = ended.append  # the real one would end the tests
     port = free_port()
-    config = uvicorn.Config(app, "127.0.0.1", port, log_config=None, access_log=False)
-    server = uvicorn.Server(config)
+    as_main = {"http": "h11", "log_config": None, "access_log": False}
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, **as_main))
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from datetime import datetime
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -29,11 +30,24 @@ def test_four_keys(server: Running, body: dict) -> None:
         {"role": "user", "content": "你好"},
         {"role": "assistant", "content": done["response"]},
     ]
-    spent = datetime.now() - datetime.strptime(done["time"], "%Y-%m-%d %H:%M:%S")
-    assert abs(spent.total_seconds()) < DEADLINE  # local time, not UTC
     assert response.headers["X-Finish-Reason"] == "length"
     assert response.headers["X-Completion-Tokens"] == "9"
     assert int(response.headers["X-Prompt-Tokens"]) > 6
+
+
+def test_time_is_local(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the machine that runs the tests has UTC."""
+    try:
+        for zone, hours in (("XXX-9", 9), ("YYY+8", -8)):  # POSIX: the sign is reversed
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            said = server.post(max_new_tokens=1).json()["time"]
+            local = datetime.strptime(said, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
+            ahead = local - datetime.now(UTC)
+            assert abs(ahead.total_seconds() - hours * 3600) < DEADLINE
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_history_is_kept_and_used(server: Running) -> None:

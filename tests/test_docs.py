@@ -73,6 +73,13 @@ def test_the_ranges_are_in_the_schema(schema):
         for field, limits in ranges.items():
             assert limits.items() <= fields[field]["anyOf"][0].items(), field
             assert fields[field]["description"]
+        _, several, _ = fields["stop"]["anyOf"]
+        assert several["maxItems"] == 4
+        seed = fields["seed"]["anyOf"][0]
+        assert seed["minimum"] == -(2**63) and seed["exclusiveMaximum"] == 2**63
+        limits = [each for each in fields if each.startswith("max_")]
+        assert all(fields[each]["anyOf"][0]["minimum"] == 1 for each in limits)
+        assert len(limits) == (1 if name == "ChatRequest" else 2)
 
 
 def test_examples_run_as_they_are(server, schema):

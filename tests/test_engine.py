@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,11 +93,13 @@ def engine_answers(
 ) -> list[list[int]]:
     """The same from the engine, all in flight at once, as token ids."""
     seen: dict[str, list[int]] = {}
-    engine = server.engine
+    engine, together = server.engine, [0]
     router = engine.manager.output_router
     deliver = router.deliver_batch
+    scheduler = engine.manager.batch_processor.scheduler
 
     def spy(outputs: list[Any]) -> None:
+        together.append(len(scheduler.active_requests))
         seen.update({each.request_id: [*each.generated_tokens] for each in outputs})
         deliver(outputs)
 
@@ -109,15 +112,18 @@ def engine_answers(
 
     router.deliver_batch = spy
     try:
-        return server.call(all_at_once())
+        answers = server.call(all_at_once())
     finally:
         router.deliver_batch = deliver
+    assert max(together) == len(turns)
+    return answers
 
 
-def test_greedy_answers_equal_generate(server: Running, tiny_folder: Path) -> None:
+def test_greedy_answers_equal_generate(tiny_folder: Path) -> None:
     turns = [[{"role": "user", "content": p}] for p in PROMPTS]
     expected = reference(tiny_folder, turns, 24)
-    assert engine_answers(server, turns, 24) == expected
+    with running(model=tiny_folder, max_in_flight=32) as server:
+        assert engine_answers(server, turns, 24) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
 
 
@@ -275,7 +281,10 @@ def fragile(tiny_folder: Path) -> Iterator[Running]:
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("boom")]
 )
 def test_forward_raises(
-    fragile: Running, error: Exception, monkeypatch: pytest.MonkeyPatch
+    fragile: Running,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = answer(fragile, prompt="again", max_new_tokens=8)
     model = fragile.engine.manager.model
@@ -292,6 +301,7 @@ def test_forward_raises(
     assert all(reply.headers["Retry-After"] == "1" for reply in replies)
     still_serves(fragile)
     assert not thread.is_alive()  # joined, not left behind
+    assert str(error) in caplog.text  # the log says why
     assert answer(fragile, prompt="again", max_new_tokens=8) == before
 
 
@@ -332,9 +342,27 @@ def test_refused_by_a_stopping_thread(
 def test_health_is_503_while_down(
     fragile: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fragile.engine, "alive", lambda: False)
-    health = requests.get(fragile.url + "/health", timeout=5)
-    assert (health.status_code, health.json()["status"]) == (503, "down")
+    """Down is from the end of the thread until it has been joined and started again."""
+    manager, go_on = fragile.engine.manager, threading.Event()
+    join = manager.join
+
+    def slow_join(*args: Any) -> None:
+        go_on.wait(DEADLINE)
+        join(*args)
+
+    def health() -> requests.Response:
+        return requests.get(fragile.url + "/health", timeout=5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "join", slow_join)
+        manager.background_thread_status.request_stop(2, 0)
+        wait_until(lambda: not health().ok)
+        assert (health().status_code, health().json()["status"]) == (503, "down")
+        refused = fragile.post()
+        assert refused.status_code == 503 and refused.headers["Retry-After"]
+        go_on.set()
+        wait_until(lambda: health().ok)
+    still_serves(fragile)
 
 
 def test_hanging_forward_ends_the_process(
@@ -363,12 +391,21 @@ def test_stop_leaves_nothing_running(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_prefix_sharing(tiny_folder: Path, shared: bool) -> None:
+    """Switched off, it computes a beginning again that somebody has sent before."""
+    computed: list[int] = []  # tokens of each forward pass
+
+    def note(_: Any, args: Any, options: dict[str, Any]) -> None:
+        computed.append(options["input_ids"].shape[1])
+
     with running(model=tiny_folder, prefix_sharing=shared) as server:
-        cache = server.engine.manager.batch_processor.cache
-        assert cache.use_prefix_sharing is shared
+        model = server.engine.manager.model
+        model.register_forward_pre_hook(note, with_kwargs=True)
         history = [{"role": "user", "content": "y" * 200}]
         first = answer(server, prompt="a", history=history, max_new_tokens=8)
+        before = sum(computed)
         assert answer(server, prompt="a", history=history, max_new_tokens=8) == first
+        spared = before - (sum(computed) - before)
+    assert spared > 150 if shared else spared == 0
 
 
 def test_explicit_sizes_on_a_cpu(server: Running) -> None:
