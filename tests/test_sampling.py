@@ -10,6 +10,7 @@ from unittest import mock
 import cancel
 import pytest
 import requests
+import scripted
 import torch
 from conftest import running, wait_until
 from transformers.generation.continuous_batching.model_runner import ModelRunner
@@ -268,6 +269,30 @@ def test_greedy_answers_are_the_same_beside_sampled_ones_and_cancels(tiny_folder
             assert cancel.answers(served) == before
             assert all(one.result().status_code == 200 for one in sampled)
             assert leaving.result()
+
+
+def test_greedy_answers_are_the_same_in_one_batch_with_sampled_ones(tiny_folder):
+    """All of them in the same forward passes, which the test above leaves to chance."""
+    with (
+        running(model=tiny_folder, max_in_flight=20) as served,
+        ThreadPoolExecutor(9) as pool,
+        scripted.Gate(served.engine) as gate,
+    ):
+        alone = cancel.answers(served)
+        gate.allow(0)
+        beside = pool.submit(cancel.answers, served)
+        sampled = [
+            pool.submit(served.post, f"sampled {n}", seed=n, **SAMPLED)
+            for n in range(8)
+        ]
+        wait_until(lambda: len(served.engine.pending) == 20)
+        gate.allow(8)  # every prompt is read, and none of the 40 tokens far
+        wait_until(lambda: gate.left == 0)
+        states = [*cancel.scheduled(served).values()]
+        assert len([each for each in states if each.generated_tokens]) == 20
+        gate.allow()
+        assert beside.result() == alone
+        assert all(one.result().ok for one in sampled)
 
 
 # ------------------------------------------------------------------------------

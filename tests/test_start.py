@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -85,11 +86,55 @@ def test_no_gpu(tiny_folder: Path) -> None:
 
 
 def test_help_explains_every_setting() -> None:
-    done = start("--help")
-    assert done.returncode == 0
+    done = start("--help", COLUMNS="1000")  # no line is broken
+    assert done.returncode == 0 and not done.stderr
+    assert "environment variable" in done.stdout and "PHI4_" in done.stdout
+    said = " ".join(done.stdout.split())
     for name, field in api.Settings.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in done.stdout
-        assert field.description
+        explained = re.escape(f"{field.description} (default: {field.default})")
+        assert re.search(rf" --{name.replace('_', '-')}[, ][^.]*{explained}", said), (
+            name
+        )
+        assert field.annotation is not float or "Seconds" in field.description
+
+
+@pytest.mark.demo
+def test_the_demo_says_that_it_is_one(demo_folder: Path) -> None:
+    with spawned("--demo", "--log-level", "warning") as process:
+        [line] = [ln for ln in process.log().splitlines() if "demo model" in ln]
+        assert "SmolLM2-135M" in line and "not phi-4" in line
+        health = requests.get(process.url + "/health", timeout=5).json()
+        assert health["model"] == demo_folder.name and "phi" not in demo_folder.name
+    assert "it is not phi-4" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "reached"), [((), True), (("--host", "127.0.0.1"), False)]
+)
+def test_by_default_every_address_is_listened_on(
+    tiny_folder: Path, options: tuple[str, ...], reached: bool
+) -> None:
+    def connects(address: str) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((address, process.port)) == 0
+
+    arguments = ("--model", str(tiny_folder), "--device", "cpu", *options)
+    with spawned(*arguments, wait=False) as process:
+        wait_until(lambda: connects("127.0.0.1"))
+        assert connects("127.0.0.2") is reached
+
+
+@pytest.mark.parametrize(
+    ("matrix", "dtype"), [(True, torch.bfloat16), (False, torch.float32)]
+)
+def test_auto_is_what_the_processor_is_fast_with(
+    tiny_folder: Path, matrix: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: matrix)
+    with running(model=tiny_folder, dtype="auto") as server:
+        assert server.engine.manager.model.dtype == dtype
+        assert server.post(max_new_tokens=2).ok
 
 
 # Machines with a GPU, as far as they can be played here
