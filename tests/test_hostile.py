@@ -1,5 +1,6 @@
 """Hostile input: forged control tokens, broken JSON, broken HTTP."""
 
+import contextlib
 import gzip
 import json
 import random
@@ -305,6 +306,13 @@ BAD_HTTP = {
     "two codings": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "a chunk without size": POST + CHUNKED + b"\r\nzz\r\n{}\r\n0\r\n\r\n",
     "a negative chunk": POST + CHUNKED + b"\r\n-2\r\n{}\r\n0\r\n\r\n",
+    "a chunk size in C's way": POST + CHUNKED + b"\r\n0x2\r\n{}\r\n0\r\n\r\n",
+    "a chunk size with 40 digits": POST + CHUNKED + b"\r\n" + b"f" * 40 + b"\r\n{}",
+    "chunks with line feeds only": POST + CHUNKED + b"\r\n2\n{}\n0\n\n" + GET,
+    "chunked twice": POST + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n",
+    "chunked and not": POST + CHUNKED + b"Transfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+    "a disguised coding": POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "space before the coding's colon": POST + b"Transfer-Encoding : chunked\r\n\r\n",
     "a chunk of the wrong size": POST + CHUNKED + b"\r\n1\r\n{}\r\n0\r\n\r\n",
     "space before a colon": GET + b"Content-Length : 5\r\n\r\n",
     "a line that is no header": GET + b"nonsense\r\n\r\n",
@@ -325,6 +333,30 @@ def test_broken_http_is_refused(server, name):
     # uvicorn's own 400; some bytes do not even look like a request.
     assert answer.startswith(b"HTTP/1.1 4"), answer
     assert answer.count(b"HTTP/1.1 ") == 1  # what follows is not read as a request
+    assert server.post(max_new_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_a_body_is_not_read_as_the_next_request(server, method):
+    inner = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+    outer = method + b" /health HTTP/1.1\r\nHost: a\r\n"
+    outer += b"Content-Length: %d\r\n\r\n" % len(inner)
+    answer = exchange(server, outer + inner + GET + b"\r\n")
+    assert answer.count(b"HTTP/1.1 ") == 2 and b" 404 " not in answer
+    assert answer.count(b"HTTP/1.1 200") == 1 + (method == b"GET")
+
+
+@pytest.mark.parametrize("endless", [b"X-A: a\r\n", b"a"])
+def test_an_endless_head_is_cut_off(server, endless):
+    """It is given up after some kilobytes, so it cannot fill the memory."""
+    piece, sent = (endless * 2**16)[: 2**16], 0
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(GET + b"X-B: ")
+        with contextlib.suppress(ConnectionError):
+            while sent < 2**26:
+                sent += connection.send(piece)
+    assert sent < 2**24  # most of it only reached the sockets' buffers
     assert server.post(max_new_tokens=1).status_code == 200
 
 

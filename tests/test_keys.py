@@ -5,7 +5,7 @@ import secrets
 
 import pytest
 import requests
-from conftest import running, wait_until
+from conftest import running, spawned, wait_until
 
 import api
 
@@ -133,6 +133,46 @@ def test_a_request_is_one_line_of_log_without_its_text(server, caplog):
         assert part in line
     assert "private" not in caplog.text
     assert answer.json()["response"] not in caplog.text
+
+
+TURNS = [{"role": "user", "content": "something private"}]
+PRIVATE = {"prompt": "something private", "max_new_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/", PRIVATE | {"stream": True}, 200),
+        ("/", PRIVATE | {"stop": "something private"}, 200),
+        ("/", {"prompt": "x", "history": TURNS, "max_new_tokens": 3}, 200),
+        ("/", PRIVATE | {"something private": 1}, 422),
+        ("/", PRIVATE | {"max_new_tokens": 10**6}, 400),
+        ("/v1/chat/completions", {"messages": TURNS, "max_tokens": 3}, 200),
+        ("/v1/chat/completions", {"messages": TURNS, "tools": TURNS}, 400),
+        ("/?q=something+private", PRIVATE, 200),
+    ],
+)
+def test_no_request_leaves_its_text_in_the_log(server, caplog, path, body, status):
+    caplog.set_level(logging.INFO)
+    headers = {"X-Request-ID": "the-one"}
+    url = server.url + path
+    answer = requests.post(url, json=body, headers=headers, timeout=60)
+    assert answer.status_code == status
+    wait_until(lambda: "the-one" in caplog.text)
+    lines = [r.getMessage() for r in caplog.records if r.name == "phi4"]
+    [line] = [line for line in lines if line.startswith("the-one ")]
+    assert f" {status} " in line and "total=" in line
+    assert ("out=3" in line) == (status == 200)
+    assert "private" not in "".join(lines)
+
+
+def test_the_real_log_has_one_line_for_a_request(tiny_folder):
+    with spawned("--model", str(tiny_folder), "--device", "cpu") as process:
+        for _ in range(2):
+            requests.post(process.url + "/?q=private", json=PRIVATE, timeout=60)
+        wait_until(lambda: process.log().count("total=") == 2)
+        assert process.log().count("POST") == 2
+        assert "private" not in process.log()
 
 
 @pytest.mark.parametrize(

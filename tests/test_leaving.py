@@ -4,7 +4,6 @@ import contextlib
 import json
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def start(folder):
     with contextlib.ExitStack() as stack:
-        yield lambda *more, wait=True: stack.enter_context(
-            spawned("--model", str(folder), *OPTIONS, *more, wait=wait)
+        yield lambda *more, **environment: stack.enter_context(
+            spawned("--model", str(folder), *OPTIONS, *more, **environment)
         )
 
 
@@ -44,6 +43,10 @@ def health(server):
     return requests.get(server.url + "/health", timeout=60)
 
 
+def metrics(server):
+    return requests.get(server.url + "/metrics", timeout=60).text
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
     server = start()
@@ -57,7 +60,7 @@ def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
         head = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
         head += "Content-Type: application/json\r\nConnection: close\r\n\r\n"
         queued.sendall(head.encode() + body)  # the only place is taken: it waits
-        time.sleep(0.1)
+        wait_until(lambda: "phi4_requests_waiting 1.0" in metrics(server))
         server.send_signal(number)
         wait_until(lambda: "leaving" in server.log())
         assert "2 requests" in server.log()
@@ -115,15 +118,19 @@ def files(folder: Path):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_after_a_kill_the_next_start_is_ready_and_nothing_is_left(start, folder):
+def test_after_a_kill_the_next_start_is_ready_and_nothing_is_left(
+    start, folder, tmp_path
+):
     before = files(folder)
-    server = start()
+    places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
+    server = start(**places)
     _, pieces = begin(server, ENDLESS)
     server.kill()
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         b"".join(pieces)
     assert server.wait(60) == -signal.SIGKILL
-    start("--port", str(server.port), wait=False)  # the same port, at once
+    # The same port, at once.
+    start("--port", str(server.port), wait=False, **places)
 
     def ready():
         with contextlib.suppress(requests.ConnectionError):
@@ -133,3 +140,4 @@ def test_after_a_kill_the_next_start_is_ready_and_nothing_is_left(start, folder)
     body = {"prompt": "x", "max_new_tokens": 2}
     assert requests.post(server.url, json=body, timeout=60).ok
     assert files(folder) == before
+    assert [path for path in files(tmp_path) if path.is_file()] == []

@@ -83,19 +83,38 @@ def preflight(server: Running, origin: str) -> requests.Response:
     return requests.options(server.url, headers=headers, timeout=DEADLINE)
 
 
+def ask(server: Running, origin: str, key: str = "none") -> requests.Response:
+    """What follows a preflight, or comes without one."""
+    headers = {"Origin": origin, "Cookie": "a=b", "Authorization": f"Bearer {key}"}
+    body = {"prompt": "x", "max_new_tokens": 1}
+    return requests.post(server.url, json=body, headers=headers, timeout=DEADLINE)
+
+
 def test_no_other_origin_may_ask(server: Running) -> None:
-    answer = preflight(server, "https://a.example")
-    assert "Access-Control-Allow-Origin" not in answer.headers
+    for answer in (preflight(server, "https://a.example"), ask(server, "null")):
+        assert not [name for name in answer.headers if "access-control" in name.lower()]
 
 
 def test_the_origins_of_the_setting_may_ask(tiny_folder: Path) -> None:
     origins = "https://a.example, https://b.example:8443"
-    with running(model=tiny_folder, cors_origins=origins) as served:
+    with running(model=tiny_folder, cors_origins=origins, api_key="k") as served:
         for origin in origins.split(", "):
-            answer = preflight(served, origin)
-            assert answer.ok
-            assert answer.headers["Access-Control-Allow-Origin"] == origin
-            assert "Access-Control-Allow-Credentials" not in answer.headers
+            allowed, answered, refused = (
+                preflight(served, origin),  # a browser sends no key with it
+                ask(served, origin, "k"),
+                ask(served, origin, "wrong"),  # the page may read why
+            )
+            assert allowed.ok and answered.ok and refused.status_code == 401
+            for answer in (allowed, answered, refused):
+                assert answer.headers["Access-Control-Allow-Origin"] == origin
+                assert "Access-Control-Allow-Credentials" not in answer.headers
         for origin in ("https://c.example", "https://a.example.evil", "null"):
-            answer = preflight(served, origin)
-            assert "Access-Control-Allow-Origin" not in answer.headers
+            for answer in (preflight(served, origin), ask(served, origin, "k")):
+                assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_any_origin_never_goes_with_credentials(tiny_folder: Path) -> None:
+    with running(model=tiny_folder, cors_origins="*") as served:
+        origin = "https://a.example"
+        for answer in (preflight(served, origin), ask(served, origin)):
+            assert "Access-Control-Allow-Credentials" not in answer.headers

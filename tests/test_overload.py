@@ -13,9 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import openai
 import pytest
 import requests
+import scripted
 import torch
-from conftest import running, wait_until
+from conftest import running, spawned, wait_until
 from soak import free_cache
+
+import api
 
 TURNS = [{"role": "user", "content": "hello"}]
 
@@ -103,6 +106,35 @@ def test_over_the_limit_is_a_503_before_tokenising(busy, monkeypatch, path, stre
     monkeypatch.undo()
     busy.gate.open.set()
     assert statuses(busy.asked) == [200] * 4
+
+
+def test_by_default_twice_as_many_wait_as_are_in_flight(tiny_folder):
+    default = api.Settings().max_waiting
+    with gated(tiny_folder, max_in_flight=2, max_waiting=default) as served:
+        served.gate.open.clear()
+        asked = [served.submit(max_new_tokens=1) for _ in range(6)]
+        wait_until(lambda: len(served.engine.pending) == 6)
+        assert served.post().status_code == 503
+        served.gate.open.set()
+        assert statuses(asked) == [200] * 6
+
+
+def test_a_slow_tokenizer_holds_up_nobody_else(shared, monkeypatch):
+    go_on, template = threading.Event(), shared.engine.template
+
+    def slow(turns):
+        go_on.wait(60)
+        return template(turns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.engine, "template", slow)
+        asked = shared.submit(max_new_tokens=2)
+        try:
+            wait_until(lambda: shared.engine.pending)
+            assert requests.get(shared.url + "/health", timeout=20).ok
+        finally:
+            go_on.set()
+        assert asked.result(60).ok
 
 
 def test_the_openai_clients_own_retry_succeeds(busy):
@@ -260,22 +292,35 @@ def select_readable(connection) -> bool:
         connection.settimeout(60)
 
 
-def test_a_reader_that_stalls_holds_no_place_and_little_memory(shared):
-    body = json.dumps({"prompt": "x", "stream": True}).encode()
-    request = HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
-    with contextlib.ExitStack() as stack:
-        for _ in range(4):
-            stalled = stack.enter_context(socket.socket())
-            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            stalled.connect(("127.0.0.1", int(shared.url.rsplit(":", 1)[1])))
-            stalled.sendall(request)
-        wait_until(lambda: len(shared.engine.pending) == 4)
-        wait_until(lambda: len(shared.engine.pending) == 0)
-        assert works(shared)
-        names = "H11Protocol", "HttpToolsProtocol"
-        open_ones = [o for o in gc.get_objects() if type(o).__name__ in names]
-        buffered = [o.transport.get_write_buffer_size() for o in open_ones]
-        assert max(buffered) < 2**17  # asyncio's mark of 64 KiB and one event
+def test_readers_that_stall_hold_no_place_and_little_memory(
+    counting_folder, monkeypatch
+):
+    """Each answer is 15 MiB long, far more than the sockets take: written without
+    waiting for the reader it would lie in the server's buffers."""
+    piece, count = 2**16, 240
+    messages = {"messages": TURNS, "stream": True, "max_tokens": count}
+    with gated(counting_folder, max_in_flight=4) as served:
+        scripted.teach(monkeypatch, served.engine, [b"x" * piece] * count)
+        body = json.dumps(messages).encode()
+        head = HEAD.replace(b" / ", b" /v1/chat/completions ")
+        request = head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+        with contextlib.ExitStack() as stack:
+            served.gate.open.clear()
+            for _ in range(4):
+                stalled = stack.enter_context(socket.socket())
+                stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+                stalled.connect(("127.0.0.1", int(served.url.rsplit(":", 1)[1])))
+                stalled.sendall(request)
+            wait_until(lambda: len(served.engine.pending) == 4)
+            served.gate.open.set()
+            wait_until(lambda: len(served.engine.pending) == 0)
+            assert works(served)
+            names = "H11Protocol", "HttpToolsProtocol"
+            open_ones = [o for o in gc.get_objects() if type(o).__name__ in names]
+            buffered = [o.transport.get_write_buffer_size() for o in open_ones]
+            full = [size for size in buffered if size]
+            assert len(full) == 4  # they did stall
+            assert max(full) < 2**20  # asyncio's mark of 64 KiB and an event
 
 
 def test_a_thousand_idle_connections(shared):
@@ -372,6 +417,42 @@ def test_a_hanging_forward_pass_ends_the_process(tiny_folder):
         assert all(future.done() for future in asked)  # the process would be gone
         assert statuses(asked) == [503] * 4  # those that wait, too
         assert served.ended == [70]
+
+
+HANGS = """
+import functools, os, time
+from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM as Model
+
+forward = Model.forward
+
+@functools.wraps(forward)
+def hanging(*args, **kwargs):
+    while os.path.exists(os.environ["HANG"]):
+        time.sleep(0.01)
+    return forward(*args, **kwargs)
+
+Model.forward = hanging
+"""
+
+
+def test_a_hang_ends_the_real_process_with_its_exit_code(tiny_folder, tmp_path):
+    """The tests around it only note that the process would have ended."""
+    (tmp_path / "sitecustomize.py").write_text(HANGS)  # Python runs it at its start
+    hang = tmp_path / "hang"
+    environment = {"PYTHONPATH": str(tmp_path), "HANG": str(hang)}
+    options = ("--model", str(tiny_folder), "--device", "cpu", "--stall-timeout", "1")
+    with spawned(*options, **environment) as process, ThreadPoolExecutor(4) as clients:
+
+        def ask(stream):
+            body = {"prompt": "x", "max_new_tokens": 3, "stream": stream}
+            return requests.post(process.url, json=body, timeout=60).status_code
+
+        assert ask(False) == 200
+        hang.touch()
+        assert list(clients.map(ask, [False, True] * 2)) == [503] * 4
+        assert process.wait(60) == 70
+        assert "--stall-timeout" in process.log()
+        assert "Traceback" not in process.log()
 
 
 def test_a_hang_is_noticed_when_its_clients_have_given_up(tiny_folder):
