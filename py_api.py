@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Talk to the chat server from the command line.
 
 python py_api.py                          the tutorial's example
@@ -65,8 +66,8 @@ class Client:
                 if "response" in event:
                     return event["response"]
                 print(event["delta"], end="", flush=True)
-        except (requests.RequestException, ValueError):
-            pass  # the connection was cut, perhaps in the middle of a line
+        except (requests.RequestException, ValueError, LookupError, TypeError):
+            pass  # cut off, perhaps in the middle of a line, or no event of ours
         finally:
             response.close()
             print(flush=True)
@@ -125,7 +126,8 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("question", nargs="?", help="left out: the tutorial's example")
     what.add_argument("--chat", action="store_true", help="questions from stdin")
-    parser.add_argument("--url", default="http://127.0.0.1:6006/")
+    url = "http://127.0.0.1:6006/"
+    parser.add_argument("--url", default=url, help="default: %(default)s")
     parser.add_argument("--key", help="API key (default: PHI4_API_KEY, if just one)")
     options = parser.parse_args()
     keys = os.environ.get("PHI4_API_KEY", "").replace(",", " ").split()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command-line client, run as a program against a stand-in server."""
 
 import contextlib
@@ -14,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+import api
 
 CLIENT = [sys.executable, str(Path(__file__).parent.parent / "py_api.py")]
 EXAMPLE = {
@@ -229,14 +232,36 @@ def test_chat_keeps_the_history_of_good_turns(server: StandIn) -> None:
         events(data({"delta": "half"}), ended=False),
         events(data({"delta": "half"})),
         events(data({"delta": "half"}), 'data: {"response": "ha'),
+        events(data({"delta": "half"}), data({"id": 1})),
+        events(data({"delta": "half"}), data(1)),
     ],
-    ids=["connection cut", "no last event", "last event cut"],
+    ids=["connection cut", "no last event", "last event cut", "no delta", "a number"],
 )
 def test_stream_that_breaks_off(server: StandIn, reply: Callable) -> None:
     server.replies = [reply]
     done = run("--chat", "--url", server.url, typed="a\n")
     assert (done.returncode, done.stdout) == (0, "half\n")
     assert done.stderr == "error: the answer broke off before its end\n"
+
+
+def test_what_is_not_unicode_becomes_a_mark_and_ends_nothing(server: StandIn) -> None:
+    half = 'data: {"delta": "\\ud83d"}\n\n'  # of a pair of surrogates
+    server.replies = [events(half, data(answer("?"))), spoken("ok")]
+    command = [*CLIENT, "--chat", "--url", server.url]
+    done = subprocess.run(
+        command,
+        input=b"\xff\nb\n",
+        capture_output=True,
+        env=environment(),
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (b"?\nok\n", b"")
+    assert [body["prompt"] for _, _, body in server.seen] == ["\ufffd", "b"]
+
+
+def test_the_address_it_asks_by_default_is_the_servers() -> None:
+    assert f"default: http://127.0.0.1:{api.Settings().port}/" in run("--help").stdout
 
 
 def test_no_server() -> None:
