@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import prometheus_client as prometheus
 import torch
 import transformers
 import uvicorn
@@ -44,13 +45,6 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-)
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
@@ -139,11 +133,12 @@ class Settings(BaseSettings):
 # Wire format
 # ------------------------------------------------------------------------------
 
-
-def encodable(text: str) -> str:
-    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
-    text.encode()  # UnicodeEncodeError is a ValueError: pydantic makes it a 422
-    return text
+# JSON can spell lone surrogates and UTF-8 cannot: the encoder's error is a ValueError.
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+Tokens = Annotated[int, Field(ge=1)] | None
+Finish = Literal["stop", "length"]
 
 
 def unsupported(value: bool) -> bool:
@@ -152,17 +147,16 @@ def unsupported(value: bool) -> bool:
     return value
 
 
-Text = Annotated[str, AfterValidator(encodable)]
-StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-Tokens = Annotated[int, Field(ge=1)] | None
-Finish = Literal["stop", "length"]
-
-
-class Strict(BaseModel, strict=True, extra="forbid"):
+class Strict(BaseModel, strict=True, extra="forbid", use_attribute_docstrings=True):
     """No coercion ("5" is not 5), no unknown field."""
 
 
-class Sampling(Strict, use_attribute_docstrings=True):
+class Turn(Strict):
+    role: Literal["user", "assistant", "system"]
+    content: Text
+
+
+class Sampling(Strict):
     """What both routes accept; null means the default."""
 
     stream: bool | None = None
@@ -182,13 +176,7 @@ class Sampling(Strict, use_attribute_docstrings=True):
         if not self.temperature:
             return {}
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        numbers = (max(each, 1e-6) for each in (self.temperature, self.top_p or 1))
-        return {"sampling": (*numbers, self.top_k or 0, seed)}
-
-
-class Turn(Strict):
-    role: Literal["user", "assistant", "system"]
-    content: Text
+        return {"sampling": (self.temperature, self.top_p or 1, self.top_k or 0, seed)}
 
 
 class ChatAnswer(BaseModel):
@@ -215,9 +203,8 @@ class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
 
     def answer(self, done: "Answer") -> str:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        history = [*self.turns(), Turn(role="assistant", content=done.text)]
-        answer = ChatAnswer(response=done.text, history=history, time=now)
-        return answer.model_dump_json()
+        turns = [*self.turns(), Turn(role="assistant", content=done.text)]
+        return ChatAnswer(response=done.text, history=turns, time=now).model_dump_json()
 
     def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
         """Data of the next events of a stream; `sent` characters are out already."""
@@ -237,12 +224,9 @@ class OpenAITurn(Strict, extra="ignore"):
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     def turn(self) -> Turn:
-        whole = isinstance(self.content, str)
-        text = self.content if whole else "".join(part.text for part in self.content)
+        parts = [self.content] if isinstance(self.content, str) else self.content
+        text = "".join(getattr(part, "text", part) for part in parts)
         return Turn(role=self.role.replace("developer", "system"), content=text)
-
-
-USAGE = "prompt_tokens", "completion_tokens", "total_tokens"
 
 
 class ChatCompletion(BaseModel):
@@ -253,11 +237,9 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[dict[Literal["index", "message", "finish_reason"], Any]]
-    usage: dict[str, int] = Field(examples=[dict.fromkeys(USAGE, 9)])
+    usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
 
 
-Empty = Annotated[list[Any], Field(max_length=0)] | None
-Zero = Annotated[float, Field(ge=0, le=0)] | None
 TURN = {"role": "user", "content": "What is 2 + 2?"}
 OPENAI = {"examples": [{"model": "phi-4", "messages": [TURN]}]}
 
@@ -274,8 +256,8 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     logprobs: Annotated[bool, AfterValidator(unsupported)] | None = None
-    tools: Empty = None
-    functions: Empty = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -289,31 +271,29 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
 
     def answer(self, done: "Answer") -> str:
         message = {"role": "assistant", "content": done.text}
-        choice = {"index": 0, "message": message, "finish_reason": done.finish_reason}
-        return self.dump(done, "", [choice], usage=done.usage())
+        choice = {"message": message, "finish_reason": done.finish_reason}
+        return self.dump(done, "", choice, usage=done.usage())
 
     def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
+        chunk = partial(self.dump, done, ".chunk")
         if sent is None:
-            yield self.chunk(done, None, role="assistant", content="")
+            yield chunk({"delta": {"role": "assistant", "content": ""}})
         if delta := done.text[sent or 0 :]:
-            yield self.chunk(done, None, content=delta)
+            yield chunk({"delta": {"content": delta}})
         if done.finish_reason:
-            yield self.chunk(done, done.finish_reason)
+            yield chunk({"delta": {}, "finish_reason": done.finish_reason})
             if (self.stream_options or {}).get("include_usage"):
-                yield self.dump(done, ".chunk", [], usage=done.usage())
+                yield chunk(usage=done.usage())
             yield "[DONE]"
 
-    def chunk(self, done: "Answer", reason: Finish | None, **delta: str) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return self.dump(done, ".chunk", [choice])
-
-    def dump(self, done: "Answer", kind: str, choices: list[Any], **more: Any) -> str:
+    def dump(self, done: "Answer", kind: str, *choices: Any, **more: Any) -> str:
         head = {"id": done.id, "object": f"chat.completion{kind}", "model": done.model}
-        return json.dumps(head | {"created": done.created, "choices": choices} | more)
+        listed = [{"index": 0, "finish_reason": None} | choice for choice in choices]
+        return json.dumps(head | {"created": done.created, "choices": listed} | more)
 
 
 # ------------------------------------------------------------------------------
-# Sampling
+# Attention and sampling
 # ------------------------------------------------------------------------------
 
 
@@ -322,22 +302,18 @@ class Runner(batching.model_runner.ModelRunner):
     of each row; here the rows that want another are drawn again afterwards, outside of
     the CUDA graph, so the others do not pay for it."""
 
-    def allocate(self, model: nn.Module) -> None:
-        rows = self.cb_config.max_requests_per_batch
-        self.scores = torch.empty(rows, model.config.vocab_size, device=model.device)
-        self.generator = torch.Generator(model.device)
-
-    def warmup(self, model: nn.Module) -> None:
-        self.allocate(model)
-        super().warmup(model)
+    scores: Tensor | None = None  # (rows, vocabulary) of the step
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        self.scores[: scores.shape[1]].copy_(scores[0])
+        if self.scores is None:
+            rows = self.cb_config.max_requests_per_batch
+            self.scores = scores.new_empty(rows, scores.shape[-1])
+        self.scores[: scores.shape[1]] = scores[0]
         super()._sample(scores, output_ids)
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         super().compute_batch(model, batch_data)
-        ios, gpu = self.inputs_and_outputs, model.device.type == "cuda"
+        ios, device = self.inputs_and_outputs, model.device
         paired = hasattr(ios, "io_pairs")  # the next step is prepared meanwhile
         host = ios.io_pairs[ios.current_pair].host_io if paired else ios
         states = [each.state for each in host.requests_in_batch if each.has_new_token]
@@ -349,19 +325,18 @@ class Runner(batching.model_runner.ModelRunner):
         if not chosen:
             return
         with batching.utils.stream_context(ios.compute_stream):
-            # From pinned memory: any other copy would wait for the GPU.
-            numbers = [row[:4] for row in chosen]
-            table = torch.tensor(numbers, dtype=torch.float64, pin_memory=gpu)
-            rows, *limits = table.to(model.device, non_blocking=True).T
-            rows = rows.long()
-            scores = self.scores[rows]
+            table = torch.tensor([each[:4] for each in chosen], dtype=torch.float64)
+            if device.type == "cuda":  # from other memory a copy waits for the GPU
+                table = table.pin_memory().to(device, non_blocking=True)
+            rows, *limits = table.T
+            scores = self.scores[rows.long()]
             noise = torch.empty_like(scores)
             for line, (*_, seed, position) in zip(noise, chosen, strict=True):
                 # The same seed and position give the same noise whatever else is in
                 # the batch; the position is right after a preemption, too.
                 key = hash((*divmod(seed % 2**64, 2**32), position)) % 2**63
-                line.exponential_(generator=self.generator.manual_seed(key))
-            ios.output_ids[0, rows] = draw(scores, noise, *limits).int()
+                line.exponential_(generator=torch.Generator(device).manual_seed(key))
+            ios.output_ids[0, rows.long()] = draw(scores, noise, *limits).int()
 
 
 def draw(
@@ -371,20 +346,17 @@ def draw(
 
     The likeliest token after dividing by such noise is a draw from the softmax.
     """
-    logprobs = (scores / temperature[:, None].float()).log_softmax(-1)
-    top_p, top_k = top_p[:, None], top_k[:, None]
+    temperature, top_p = (x[:, None].clamp(min=1e-6) for x in (temperature, top_p))
+    logprobs = (scores / temperature.float()).log_softmax(-1)
     top = logprobs.topk(min(1024, scores.shape[-1])).values  # no full sort
     likelier = top.exp().cumsum(-1) - top.exp()  # probability of the tokens before
+    top_k = top_k[:, None].masked_fill(top_k[:, None] == 0, torch.inf)
     rank = torch.arange(top.shape[-1], device=top.device)
-    kept = (likelier < top_p) & ((rank < top_k) | (top_k == 0))
+    kept = (likelier < top_p) & (rank < top_k)
     least = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    dropped = (logprobs < least) & ((top_p < 1) | (top_k > 0))
+    dropped = (logprobs < least) & ((top_p < 1) | (top_k < torch.inf))
     return (logprobs - noise.log()).masked_fill(dropped, -torch.inf).argmax(-1)
 
-
-# ------------------------------------------------------------------------------
-# Attention on a GPU
-# ------------------------------------------------------------------------------
 
 FLASH = "torch_flash_2"  # the engine decodes from pages for names like ".*flash.*2"
 PAGE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
@@ -417,6 +389,20 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
     return attend(q.contiguous(), kv, module.kv_cache, scale)[None], None
 
 
+class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
+    """Lists the pages of all requests, where the library does for decoding alone."""
+
+    graph_key: tuple[int, ...]
+
+    def prepare_batch_tensors(
+        self, requests: list, processors: Any, *sizes: Any
+    ) -> None:
+        super().prepare_batch_tensors(requests, processors, True, *sizes[1:])
+
+    def _get_graph_key(self) -> tuple[int, ...]:
+        return self.graph_key
+
+
 class FlashRunner(Runner):
     """Runs steps in a few fixed shapes, all of them prepared by `warmup`.
 
@@ -431,61 +417,56 @@ class FlashRunner(Runner):
     def maybe_pad_inputs(
         self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool
     ) -> tuple[int, int]:
-        """Round a step up to a prepared size; 0: attention lists nothing to read."""
-        if use_decode_fast_path:
+        """Round a step up to a prepared size."""
+        self.decode = use_decode_fast_path
+        if self.decode:
             return super().maybe_pad_inputs(num_q_tokens, max_kv_read, True)
         sizes = (*GRAPHS, -(-num_q_tokens // 64) * 64)
         size = next(size for size in sizes if size >= num_q_tokens)
         return min(size, self.cache.max_batch_tokens), 0
 
-    def _get_forward_fn(self, use_block_table: bool) -> tuple[Any, bool]:
-        forward, graph = super()._get_forward_fn(use_block_table)
-        return forward, graph and self.small
-
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
-        """Run a step, with the block table that the engine fills to decode only."""
-        ios = self.inputs_and_outputs
-        pair, decode = ios.io_pairs[ios.current_pair], ios.use_block_table
-        host, device, tokens = pair.host_io, pair.device_io, pair.host_io.num_q_tokens
-        (reach,), rows = host.max_length_k.values(), len(batch_data["logits_indices"])
-        longest, full = host.max_length_q, host.block_table.shape[-1] * PAGE
-        self.small = decode or tokens <= GRAPHS[-1]
-        if decode:
+        pair = self.inputs_and_outputs.io_pairs[self.inputs_and_outputs.current_pair]
+        host, rows = pair.host_io, len(batch_data["logits_indices"])
+        tokens, longest, (reach,) = (
+            host.num_q_tokens,
+            host.max_length_q,
+            host.max_length_k.values(),
+        )
+        full = host.block_table.shape[-1] * PAGE
+        small = self.decode or tokens <= GRAPHS[-1]
+        self.use_cuda_graph_decode = small and self.use_cuda_graph_varlen
+        if self.decode:
             longest, reach = 1, NEAR if max(reach, self.least) <= NEAR else full
-        elif self.small:
+        elif small:
             longest, reach = tokens, full
         else:  # no graph that must fit other steps too
             rows = len(host.requests_in_batch)
-        fresh = host.total_seqlen_q in host.total_seqlen_k.values()  # nothing cached
-        self.paged = self.small or not fresh
-        if not decode:
-            for row, future in enumerate(host.requests_in_batch):
-                table = host.block_table[:, row]
-                self.cache.fill_block_table(future.state.request_id, 0, 0, table)
-            with torch.cuda.stream(ios.compute_stream):
-                device.block_table.copy_(host.block_table, non_blocking=True)
-            batch_data["block_table"] = device.block_table
-        self.rows, device.graph_key = rows, (tokens, longest, rows, reach)
+        pair.device_io.graph_key = tokens, longest, rows, reach
+        self.rows = rows
+        # Without anything cached the new keys are enough.
+        self.paged = small or host.total_seqlen_q not in host.total_seqlen_k.values()
         # The kernel groups the heads of a single token, but not under a causal mask.
         self.options = {"max_q": longest, "max_k": reach}
-        self.options["window_size"] = (-1, -1 if decode else 0)
-        self.options["num_splits"] = None if decode and reach > NEAR else 1
+        self.options["window_size"] = (-1, -1 if self.decode else 0)
+        self.options["num_splits"] = None if self.decode and reach > NEAR else 1
         super().compute_batch(model, batch_data)
 
     def _forward_process_and_sample(
         self, model: nn.Module, batch: dict, *io: Any
     ) -> None:
         starts, (ends,) = batch["cu_seq_lens_q"], batch["cu_seq_lens_k"].values()
-        starts, ends = starts[: self.rows + 1], ends[: self.rows + 1]
-        table, slots = batch["block_table"][0, : self.rows], batch["write_index"][0]
-        if self.options["max_q"] == 1:
-            # The page of padded rows is -1: clamped, it belongs to no request.
-            place = batch["position_ids"][0].long()
-            page = table.gather(1, (place // PAGE)[:, None])[:, 0]
-            slots = (page * PAGE + place % PAGE).clamp(min=0)
-        options = self.options | {"cu_seq_q": starts, "cu_seq_k": ends}
+        (table,), (place,) = batch["block_table"], batch["position_ids"].long()
+        # Padding belongs to a row after the last, whose page is -1. Clamped, that is
+        # a page of no request.
+        index = torch.arange(len(place), device=place.device, dtype=starts.dtype)
+        row = torch.bucketize(index, starts[1:], right=True)
+        page = nn.functional.pad(table, (0, 0, 0, 1), value=-1)[row, place // PAGE]
+        slots = (page * PAGE + place % PAGE).clamp(min=0)
+        rows, ends = self.rows, ends[: self.rows + 1]
+        options = {"cu_seq_q": starts[: rows + 1], "cu_seq_k": ends} | self.options
         if self.paged:
-            options |= {"seqused_k": ends.diff(), "block_table": table}
+            options |= {"seqused_k": ends.diff(), "block_table": table[:rows]}
         FlashRunner.step = torch.cat((slots, slots + PAGE)), options
         super()._forward_process_and_sample(model, batch, *io)
 
@@ -498,16 +479,12 @@ class FlashRunner(Runner):
             layer.self_attn.kv_cache = view[: len(views[-1])]
             if can_compile():
                 layer.compile(fullgraph=True)
-        self.allocate(model)
         most = self.cb_config.max_requests_per_batch
         decode = sorted({*(2**i for i in range(most.bit_length())), most}, reverse=True)
         # The largest comes first: the compiled kernels are tuned for the first they see.
         shapes = [(size, PAGE) for size in LARGE + GRAPHS[::-1]]
         shapes += [(size, 0) for size in LARGE] + [(size, None) for size in decode]
-        for turn in (
-            "compiling, then capturing CUDA graphs",
-            "capturing the other half",
-        ):
+        for turn in ("compiling, capturing CUDA graphs", "capturing the other half"):
             logger.info(turn)
             for self.least in (NEAR + 1, 0):
                 for tokens, past in shapes if self.least else shapes[-len(decode) :]:
@@ -521,8 +498,7 @@ class FlashRunner(Runner):
         if tokens > min(self.cache.max_batch_tokens, room):
             return
         # The search makes a single row's matmuls 7% faster, in 14 seconds.
-        search = {"coordinate_descent_tuning": tokens == 1}
-        with torch._inductor.config.patch(search):
+        with torch._inductor.config.patch(coordinate_descent_tuning=tokens == 1):
             if not self.run_one_warmup(model, tokens, past):
                 raise RuntimeError("warm-up failed; --cache-tokens may help")
         torch.cuda.synchronize()  # the next step has the same buffers
@@ -546,19 +522,12 @@ def pick_attention(device: torch.device) -> str:
         return "sdpa"
     if not can_compile():
         logger.warning("no gcc, Python headers or Triton: about a fifth slower")
-    library = flash._lazy_imports
-
-    def lazy_imports(name: str | None, *args: Any, **more: Any) -> tuple[Any, ...]:
-        if name != FLASH:
-            return library(name, *args, **more)
-        return None, varlen_attn, varlen_attn, flash._pad_input, flash._unpad_input
-
-    flash._lazy_imports = lazy_imports
+    # The library asks for functions of this name, and calls what is registered below.
+    flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
     transformers.AttentionInterface.register(FLASH, flash_attention)
     transformers.AttentionMaskInterface.register(FLASH, flash_attention_mask)
     batching.continuous_api.ModelRunner = FlashRunner
-    ios = batching.input_outputs.ContinuousBatchingIOs
-    ios._get_graph_key = lambda io: io.graph_key
+    batching.input_outputs.ContinuousBatchingIOs = FlashIOs
     return FLASH
 
 
@@ -591,7 +560,7 @@ class Answer:
         self.error: HTTPException | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.grown = asyncio.Event()  # set for every change
-        self.timer: asyncio.TimerHandle | None = None  # its time limit
+        self.watch: asyncio.Task[Message] | None = None  # ends when the client leaves
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
 
     async def more(self) -> None:
@@ -620,8 +589,9 @@ class Answer:
             self.finish_reason, self.text = reason, self.text + self.held
 
     def usage(self) -> dict[str, int]:
-        counts = self.prompt_tokens, self.completion_tokens
-        return dict(zip(USAGE, (*counts, sum(counts)), strict=True))
+        used = {"prompt_tokens": self.prompt_tokens}
+        used["completion_tokens"] = self.completion_tokens
+        return used | {"total_tokens": sum(used.values())}
 
     def account(self) -> str:
         """Count it for /metrics. Returns what the log says of it."""
@@ -636,39 +606,34 @@ class Answer:
         return f"{used} first={max(first, 0):.3f}s"
 
 
-def pick_device(settings: Settings) -> torch.device:
-    """The device to run on. Raises ValueError if it is missing or unsuitable."""
-    small = settings.demo and not torch.cuda.is_available()
-    device = torch.device(settings.device.replace("auto", "cpu" if small else "cuda:0"))
-    if device.type == "cpu":
-        return device
-    try:
-        name = torch.cuda.get_device_name(device)  # torch explains old drivers well
-    except (AssertionError, RuntimeError) as error:
-        hint = "README: which torch for which driver. Without a GPU, --demo works"
-        why = f"{device} with torch {torch.__version__}: {error}"
-        raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
-    old = torch.cuda.get_device_capability(device) < (8, 0)
-    if old and settings.dtype != "float32":
-        hint = "--dtype float32 runs on it, slowly, in twice the memory"
-        raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
-    return device
-
-
 def preflight(settings: Settings) -> torch.device:
     """The device. Raises ValueError for what can be known before loading."""
-    folder = settings.model
+    folder, cuda = settings.model, torch.cuda
     if not settings.demo and (missing := model_download.missing_files(folder)):
         lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
         hint = "python model_download.py downloads phi-4, --demo needs no download"
         raise ValueError(f"{folder} {lacks}: {hint}")
-    device = pick_device(settings)
-    if device.type == "cuda":
-        weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        needed = weights * (1 + (settings.dtype == "float32")) / 2**30 + 2
-        free = torch.cuda.mem_get_info(device)[0] / 2**30
-        if free < needed:
-            raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
+    auto = "cpu" if settings.demo and not cuda.is_available() else "cuda:0"
+    device = torch.device(settings.device.replace("auto", auto))
+    if device.type == "cpu":
+        return device
+    try:
+        name = cuda.get_device_name(device)  # torch explains old drivers well
+    except (AssertionError, RuntimeError) as error:
+        hint = "README: which torch for which driver. Without a GPU, --demo works"
+        why = f"{device} with torch {torch.__version__}: {error}"
+        raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
+    full = settings.dtype == "float32"
+    if cuda.get_device_capability(device) < (8, 0) and not full:
+        hint = "--dtype float32 runs on it, slowly, in twice the memory"
+        raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
+    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    needed, free = (
+        weights * (1 + full) / 2**30 + 2,
+        cuda.mem_get_info(device)[0] / 2**30,
+    )
+    if free < needed:
+        raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
     return device
 
 
@@ -690,36 +655,36 @@ class Engine:
     def load(self) -> None:
         """Load the model and warm it up; takes seconds to minutes."""
         settings, started = self.settings, time.monotonic()
-        self.device = preflight(settings)
-        gpu = self.device.type == "cuda"
+        self.device = device = preflight(settings)
+        gpu = device.type == "cuda"
         # Processors that multiply bfloat16 are faster with it, others far slower.
         fast = "bfloat16" if gpu or torch.cpu._is_avx512_bf16_supported() else "float32"
         dtype = settings.dtype.replace("auto", fast)
         folder = model_download.demo_model() if settings.demo else settings.model
-        logger.info("loading %s on %s as %s", folder, self.device, dtype)
+        logger.info("loading %s on %s as %s", folder, device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        where = {"device_map": self.device, "dtype": dtype}
-        where["attn_implementation"] = pick_attention(self.device)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **where)
+        where = {"device_map": device, "attn_implementation": pick_attention(device)}
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder, dtype=dtype, **where)
         # Early copies of phi-4 name the wrong end token in their config.
-        vocabulary = self.tokenizer.get_vocab()
+        own, vocabulary = (
+            model.generation_config.eos_token_id,
+            self.tokenizer.get_vocab(),
+        )
         ends = {vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>")}
-        for named in (model.config.eos_token_id, model.generation_config.eos_token_id):
-            ends.update(named if isinstance(named, list) else [named])
+        ends.update(own if isinstance(own, list) else [own])
         self.end_tokens = sorted(ends - {None})
         self.token_bytes = bytes_of_tokens(self.tokenizer, self.end_tokens)
         self.vocabulary = model.config.vocab_size
         if len(self.token_bytes) > self.vocabulary:
             raise ValueError("the tokenizer has more tokens than the model")
-        rows, page, cache, batch = (16, 16, 16384, 256)
-        if gpu:
-            rows, page, cache, batch = (128, PAGE, 0, 8192)
+        rows, page, cache, batch = (128, PAGE, 0, 8192) if gpu else (16, 16, 16384, 256)
         self.rows = settings.max_in_flight or rows
-        cache = settings.cache_tokens or cache
         self.capacity = model.config.max_position_embeddings
         config = transformers.ContinuousBatchingConfig(
             page_size=page,
-            num_blocks=-(-cache // page) or None,  # None: what is left of the GPU
+            # None: what is left of the GPU
+            num_blocks=-(-(settings.cache_tokens or cache) // page) or None,
             max_batch_tokens=settings.batch_tokens or batch,
             max_requests_per_batch=self.rows,
             max_blocks_per_request=-(-self.capacity // page) if gpu else 0,
@@ -743,7 +708,8 @@ class Engine:
     async def run(self) -> None:
         """Load, then watch: a generation thread that died is started again; one that
         hangs cannot be, so the process ends and its supervisor restarts it."""
-        loop = asyncio.get_running_loop()
+        loop, settings = asyncio.get_running_loop(), self.settings
+        late = f"not finished after {settings.request_timeout:g} seconds"
         try:
             # A thread that ends takes its OpenMP threads along: as long as others
             # exist, those of the generation thread sleep at every barrier.
@@ -758,16 +724,17 @@ class Engine:
             batch, moved = -1, time.monotonic()
             while True:
                 await asyncio.sleep(0.1)
+                self.release_all(HTTPException(504, late), settings.request_timeout)
                 if not self.alive():
                     await self.revive()
                 elif batch != self.manager.current_batch or not self.busy():
                     batch, moved = self.manager.current_batch, time.monotonic()
-                elif time.monotonic() - moved > self.settings.stall_timeout:
+                elif time.monotonic() - moved > settings.stall_timeout:
                     raise TimeoutError("no forward pass in --stall-timeout seconds")
         except Exception as error:
             logger.critical("%s cannot be served: %s", self.name, error)
             logger.debug("details", exc_info=True)
-            self.release_all("the engine failed for good")
+            self.release_all(Unavailable("the engine failed for good"))
             await asyncio.sleep(0.5)  # for the 503s to get out
             self.exit(EXIT_LOAD if self.state == "loading" else EXIT_ENGINE)
 
@@ -775,7 +742,7 @@ class Engine:
         """Start a dead generation thread again. Raises if the GPU does not work."""
         reason = self.manager.background_thread_status.fatal_error
         logger.error("generation died and is started again: %s", reason)
-        self.release_all("the engine failed and is restarting")
+        self.release_all(Unavailable("the engine failed and is restarting"))
         await asyncio.to_thread(self.manager.join, time.perf_counter())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -800,45 +767,34 @@ class Engine:
 
     async def close(self) -> None:
         self.state = "draining"
-        self.release_all("the server is leaving")
+        self.release_all(Unavailable("the server is leaving"))
         if self.manager is not None:
             await asyncio.to_thread(self.manager.stop, True, 15, False, True)
 
     async def submit(self, body: ChatRequest | OpenAIRequest, answer: Answer) -> None:
         """Admit, template and submit a request: its answer grows from then on, until
         it is released. Raises HTTPException: 400, 503 or 504."""
-        settings, loop = self.settings, asyncio.get_running_loop()
+        settings = self.settings
         waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * self.rows
         if self.status != "ok":
             raise Unavailable(f"the server is {self.status}")
         if len(self.pending) >= self.rows + waiting:
             raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
-        self.pending[answer.id], patience = answer, settings.request_timeout
-        late = HTTPException(504, f"not finished after {patience:g} seconds")
-        answer.timer = loop.call_later(patience, self.release, answer, late)
-        turns = body.turns()
-        tokens = await loop.run_in_executor(self.tokenizing, self.template, turns)
-        prompt, wanted = len(tokens), body.max_new_tokens
-        room, answer.prompt_tokens = self.capacity - prompt, prompt
+        self.pending[answer.id] = answer
+        run = asyncio.get_running_loop().run_in_executor
+        tokens = await run(self.tokenizing, self.template, body.turns())
+        if not 0 <= min(tokens, default=-1) <= max(tokens) < self.vocabulary:
+            raise ValueError("token ids outside the vocabulary, or none")
+        answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens
+        room = self.capacity - len(tokens)
         limit = min(wanted or settings.max_new_tokens, room)
         if limit < (wanted or 1):
-            need = f"{prompt} prompt tokens and {wanted or 'any'} new ones"
+            need = f"{len(tokens)} prompt tokens and {wanted or 'any'} new ones"
             raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
         if answer.error:
             raise answer.error
-        self.generate(tokens, limit, answer, body.sampling())
-
-    def generate(
-        self, tokens: list[int], limit: int, answer: Answer, sampling: dict[str, Any]
-    ) -> None:
-        """Let an answer of up to `limit` tokens grow. Raises ValueError for what would
-        kill the generation thread, Unavailable if that is dead."""
-        if not 0 <= min(tokens, default=-1) <= max(tokens) < self.vocabulary:
-            raise ValueError("token ids outside the vocabulary, or none")
-        if len(tokens) + limit > self.capacity:
-            raise ValueError("more tokens than the cache holds")
-        options = {"streaming": True, "eos_token_id": self.end_tokens} | sampling
-        if not self.manager.add_request(tokens, answer.id, limit, **options):
+        options = {"eos_token_id": self.end_tokens} | body.sampling()
+        if not self.manager.add_request(tokens, answer.id, limit, True, **options):
             raise Unavailable("the engine is restarting")
 
     def receive(self, outputs: list[Any]) -> None:
@@ -865,15 +821,15 @@ class Engine:
     def release(self, answer: Answer, error: HTTPException | None = None) -> None:
         """Free the place of an answer that has ended, or that nobody waits for."""
         if self.pending.pop(answer.id, None):
-            if answer.timer:
-                answer.timer.cancel()
             self.manager.cancel_request(answer.id)
             answer.error = error
             answer.grown.set()
 
-    def release_all(self, why: str) -> None:
+    def release_all(self, error: HTTPException, age: float = 0) -> None:
+        """Release the answers that have taken at least `age` seconds."""
         for answer in list(self.pending.values()):
-            self.release(answer, Unavailable(why))
+            if time.monotonic() - answer.started >= age:
+                self.release(answer, error)
 
 
 def bytes_of_tokens(tokenizer: Any, ends: list[int]) -> list[bytes | None]:
@@ -903,6 +859,10 @@ async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response
     """JSON, or a stream once its first token is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
     answer = request.state.answer = Answer(engine.name, body.stop)
+    # After the body only the client's end can come.
+    left = HTTPException(499, "the client has left")
+    answer.watch = asyncio.create_task(request.receive())
+    answer.watch.add_done_callback(lambda _: engine.release(answer, left))
     await engine.submit(body, answer)
     await answer.more()
     if body.stream:
@@ -911,9 +871,9 @@ async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response
         return StreamingResponse(stream, 200, headers, "text/event-stream")
     while not answer.finish_reason:
         await answer.more()
-    used = answer.finish_reason, answer.prompt_tokens, answer.completion_tokens
-    names = "X-Finish-Reason", "X-Prompt-Tokens", "X-Completion-Tokens"
-    headers = dict(zip(names, map(str, used), strict=True))
+    headers = {"X-Finish-Reason": answer.finish_reason}
+    headers["X-Prompt-Tokens"] = str(answer.prompt_tokens)
+    headers["X-Completion-Tokens"] = str(answer.completion_tokens)
     return Response(body.answer(answer), 200, headers, "application/json")
 
 
@@ -921,7 +881,7 @@ async def events(
     request: Request, body: ChatRequest | OpenAIRequest, answer: Answer
 ) -> AsyncIterator[bytes]:
     """Server-sent events of an answer whose first token is there."""
-    sent, loop = None, asyncio.get_running_loop()
+    sent = None
     while True:
         lines = [*body.lines(answer, sent)]  # it may grow while a slow client reads
         sent, last = len(answer.text), answer.finish_reason
@@ -929,17 +889,15 @@ async def events(
             yield format_sse_event(data_str=line)
         if last:
             return
-        ping = loop.call_later(PING_SECONDS, answer.grown.set)
         try:
-            await answer.more()
+            async with asyncio.timeout(PING_SECONDS):
+                await answer.more()
+        except TimeoutError:
+            yield KEEPALIVE_COMMENT
         except HTTPException as error:
             data = (await problem(request, error)).body.decode()
             yield format_sse_event(event="error", data_str=data)
             return
-        finally:
-            ping.cancel()
-        if loop.time() >= ping.when():
-            yield KEEPALIVE_COMMENT
 
 
 async def problem(request: Request, error: Any) -> Response:
@@ -961,10 +919,9 @@ async def problem(request: Request, error: Any) -> Response:
     return Response(json.dumps(content), status, headers, "application/json")
 
 
-bearer = Depends(HTTPBearer(auto_error=False))
-
-
-async def authorize(request: Request, given: Annotated[Any, bearer]) -> None:
+async def authorize(
+    request: Request, given: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
+) -> None:
     """Raise a 401 unless one of the keys is given, where keys are set."""
     token = given.credentials.encode() if given else b""
     keys = request.app.state.settings.keys()
@@ -1033,6 +990,7 @@ async def health(request: Request, response: Response) -> Health:
 
 @public.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> Response:
+    """The try-it page."""
     assets = request.app.state.settings.docs_assets.rstrip("/")
     return get_swagger_ui_html(
         title=request.app.title,
@@ -1043,16 +1001,20 @@ async def docs(request: Request) -> Response:
     )
 
 
-REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
-PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
-NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
-FIRST = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
-EACH = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
-IN_FLIGHT = Gauge("phi4_requests_in_flight", "Requests being generated")
-WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
-CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
-
-
+REQUESTS = prometheus.Counter("phi4_requests", "Requests answered", ["route", "status"])
+PROMPT_TOKENS = prometheus.Counter("phi4_prompt_tokens", "Tokens of prompts")
+NEW_TOKENS = prometheus.Counter("phi4_completion_tokens", "Tokens generated")
+FIRST = prometheus.Histogram(
+    "phi4_time_to_first_token_seconds", "Arrival to first token"
+)
+EACH = prometheus.Histogram(
+    "phi4_time_per_output_token_seconds", "Mean time of a later token"
+)
+IN_FLIGHT = prometheus.Gauge("phi4_requests_in_flight", "Requests being generated")
+WAITING = prometheus.Gauge(
+    "phi4_requests_waiting", "Admitted requests that wait for a place"
+)
+CACHE = prometheus.Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 FIGURES = {200: {"content": {"text/plain": {}}}, 401: {"model": Problem}}
 
 
@@ -1064,71 +1026,14 @@ async def metrics(request: Request) -> Response:
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
     if engine.rows:
         CACHE.set(1 - engine.cache.compute_free_capacity())
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-class Exchange:
-    """A request and its response on their way between the client and the routes: it has
-    an id, limits for its body, and an end with a log line."""
-
-    status, size = 500, 0
-    gone: asyncio.Task[Message] | None = None
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.request, self.arrive, self.depart = Request(scope), receive, send
-        self.settings: Settings = scope["app"].state.settings
-        self.started, self.task = time.monotonic(), asyncio.current_task()
-        given = self.request.headers.get("x-request-id", "")
-        valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
-        self.id = given if valid else secrets.token_hex(8)
-
-    async def receive(self) -> Message:
-        """The next part of the body. Raises HTTPException: 408, 413."""
-        if self.gone:
-            return await asyncio.shield(self.gone)
-        closing = {"Connection": "close"}  # the rest of the body is not wanted
-        left = self.started + self.settings.body_timeout - time.monotonic()
-        try:
-            message = await asyncio.wait_for(self.arrive(), left)
-        except TimeoutError as error:
-            raise HTTPException(408, "the body came too slowly", closing) from error
-        self.size += len(message.get("body", b""))
-        if self.size > self.settings.max_body_bytes:
-            why = f"the body has more than {self.settings.max_body_bytes} bytes"
-            raise HTTPException(413, why, closing)
-        if not message.get("more_body"):
-            self.gone = asyncio.create_task(self.leave())
-        return message
-
-    async def leave(self) -> Message:
-        """After the body only the client's end can come: it ends the work."""
-        message = await self.arrive()
-        self.task.cancel()
-        return message
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message["headers"].append((b"x-request-id", self.id.encode()))
-        await self.depart(message)
-
-    def end(self) -> None:
-        """Free the place, count, log."""
-        if self.gone:
-            self.gone.cancel()
-        scope, request = self.request.scope, self.request
-        REQUESTS.labels(getattr(scope.get("route"), "path", "other"), self.status).inc()
-        path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
-        line = f"{self.id} {request.method} {path} {self.status}"
-        if answer := getattr(request.state, "answer", None):
-            request.app.state.engine.release(answer)
-            line += f" {answer.account()}"
-        level = logging.DEBUG if path == "/health" else logging.INFO
-        logger.log(level, "%s total=%.3fs", line, time.monotonic() - self.started)
+    return Response(
+        prometheus.generate_latest(), media_type=prometheus.CONTENT_TYPE_LATEST
+    )
 
 
 class Observe:
-    """The middleware that makes an Exchange of every request."""
+    """Middleware around a request: an id, a time limit for its body, and an end that
+    frees its place, counts and logs it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1136,13 +1041,52 @@ class Observe:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        exchange = Exchange(scope, receive, send)
+        request, started, status, size = Request(scope), time.monotonic(), 500, 0
+        settings: Settings = request.app.state.settings
+        limit = asyncio.get_running_loop().time() + settings.body_timeout
+        most = settings.max_body_bytes
+        given = request.headers.get("x-request-id", "")
+        valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
+        request_id = given if valid else secrets.token_hex(8)
+
+        async def timed_receive() -> Message:
+            nonlocal limit, size
+            closing = {"Connection": "close"}  # the rest of the body is not wanted
+            try:
+                async with asyncio.timeout_at(limit):
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    # Read on for a while: a reset would overtake the answer.
+                    while most < size < 16 * most and message.get("more_body"):
+                        message = await receive()
+                        size += len(message.get("body", b""))
+            except TimeoutError as error:
+                raise HTTPException(408, "the body came too slowly", closing) from error
+            if size > most:
+                raise HTTPException(413, f"the body has over {most} bytes", closing)
+            limit = limit if message.get("more_body") else None
+            return message
+
+        async def labelled_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
         try:
-            await self.app(scope, exchange.receive, exchange.send)
-        except asyncio.CancelledError:  # the client has left, or the server has to
-            exchange.status = 499 if exchange.status == 500 else exchange.status
+            await self.app(scope, timed_receive, labelled_send)
+        except asyncio.CancelledError:
+            pass  # the server has to leave
         finally:
-            exchange.end()
+            REQUESTS.labels(getattr(scope.get("route"), "path", "other"), status).inc()
+            path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
+            line = f"{request_id} {request.method} {path} {status}"
+            if answer := getattr(request.state, "answer", None):
+                answer.watch.cancel()  # which frees its place
+                line += f" {answer.account()}"
+            level = logging.DEBUG if path == "/health" else logging.INFO
+            logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
 
 
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
@@ -1172,10 +1116,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings, app.state.engine = settings, engine
     app.include_router(secured)
     app.include_router(public)
-    if origins := settings.cors_origins.replace(",", " ").split():
-        app.add_middleware(
-            CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
-        )
+    origins = settings.cors_origins.replace(",", " ").split()
+    app.add_middleware(
+        CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
+    )
     app.add_middleware(Observe)
     return app
 
@@ -1191,32 +1135,22 @@ EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, 2, 70
 class Server(uvicorn.Server):
     """Leaves in order: 503 for new requests, time for admitted ones, exit code 0."""
 
-    leaving = 0.0  # when the first signal came
-
     def handle_exit(self, sig: int, frame: Any) -> None:
         engine: Engine = self.config.app.state.engine
-        if self.leaving or engine.state == "loading":
-            os._exit(128 + sig if self.leaving else 0)
-        self.leaving, engine.state = time.monotonic(), "draining"
+        if engine.state != "ok":
+            os._exit(128 + sig if engine.state == "draining" else 0)
+        engine.state = "draining"
         logger.info("leaving: %d requests to finish", len(engine.pending))
+        late, patience = (
+            Unavailable("the server is leaving"),
+            engine.settings.drain_timeout,
+        )
+        asyncio.get_running_loop().call_later(patience, engine.release_all, late)
 
     async def on_tick(self, counter: int) -> bool:
         engine: Engine = self.config.app.state.engine
-        late = time.monotonic() - self.leaving > engine.settings.drain_timeout
-        if self.leaving and late:
-            engine.release_all("the server is leaving")
-        self.should_exit |= self.leaving > 0 and not engine.pending
+        self.should_exit = engine.state == "draining" and not engine.pending
         return await super().on_tick(counter)
-
-
-def listen(settings: Settings) -> socket.socket:
-    """The bound port. Raises ValueError if it cannot be had."""
-    address = settings.host, settings.port
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server(address, family=family, backlog=2048)
-    except OSError as error:
-        raise ValueError(f"{address}: {error}; --port takes another") from error
 
 
 def main() -> int:
@@ -1226,13 +1160,15 @@ def main() -> int:
         settings = Settings(_cli_parse_args=True)
         logger.setLevel(settings.log_level.upper())
         preflight(settings)
-        listener = listen(settings)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        address = settings.host, settings.port
+        listener = socket.create_server(address, family=family, backlog=2048)
     except ValidationError as error:
         for e in error.errors():
             option = str(e["loc"][0]).replace("_", "-")
             logger.error("--%s: %s, not %r", option, e["msg"], e["input"])
         return EXIT_WRONG_START
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
     if settings.demo:

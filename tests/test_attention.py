@@ -65,6 +65,13 @@ def reference(
     return out
 
 
+class CpuIOs(api.FlashIOs):
+    """On a CPU the library passes by name what a GPU's buffers get by position."""
+
+    def prepare_batch_tensors(self, *given: Any, **named: Any) -> None:
+        super().prepare_batch_tensors(*given, *named.values())
+
+
 class CpuRunner(api.FlashRunner):
     """The library pads and pairs buffers for GPUs only: pretend."""
 
@@ -89,9 +96,11 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", nothing)
     # What pick_attention sets stays set: have it undone.
     for module, name in (
-        (api.flash, "_lazy_imports"),
+        (api.flash, "_loaded_implementation"),
+        (api.flash, "_flash_with_kvcache_fn"),
         (continuous_api, "ModelRunner"),
-        (input_outputs.ContinuousBatchingIOs, "_get_graph_key"),
+        (continuous_api, "ContinuousBatchingIOs"),
+        (input_outputs, "ContinuousBatchingIOs"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(api, "varlen_attn", api.varlen_attn)
@@ -153,6 +162,7 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     served.set_attn_implementation(api.pick_attention(torch.device("cuda")))
     played_gpu.setattr(api, "varlen_attn", reference)
     played_gpu.setattr(continuous_api, "ModelRunner", CpuRunner)
+    played_gpu.setattr(continuous_api, "ContinuousBatchingIOs", CpuIOs)
     generator = torch.Generator().manual_seed(1)
     lengths = [5, 15, 16, 17, 33, 40, 100, 128, 150, 200, 64, 63]  # page borders too
     prompts = [

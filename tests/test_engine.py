@@ -37,21 +37,13 @@ def still_serves(server: Running) -> None:
     wait_until(server.idle)
 
 
-async def generated(engine: api.Engine, tokens: list[Any], limit: int) -> api.Answer:
-    """Past the wire format, straight to the engine."""
-    done = api.Answer("test", None)
-    engine.pending[done.id] = done
-    try:
-        engine.generate(tokens, limit, done, {})
-        while not done.finish_reason:
-            await done.more()
-    finally:
-        engine.release(done)
-    return done
-
-
-def generate(server: Running, tokens: list[Any], limit: int = 4) -> api.Answer:
-    return server.call(generated(server.engine, tokens, limit))
+def submit(
+    server: Running, monkeypatch: pytest.MonkeyPatch, tokens: list[Any]
+) -> requests.Response:
+    """A request whose prompt is these tokens, past the wire format and the template."""
+    with monkeypatch.context() as patch:
+        patch.setattr(server.engine, "template", lambda turns: tokens)
+        return server.post(max_new_tokens=4)
 
 
 @contextlib.contextmanager
@@ -104,8 +96,15 @@ def engine_answers(
         deliver(outputs)
 
     async def ask(turn: list[dict]) -> list[int]:
-        ids = engine.template([api.Turn(**message) for message in turn])
-        return seen[(await generated(engine, ids, new)).id]
+        *history, last = turn
+        body = api.ChatRequest(
+            prompt=last["content"], history=history, max_new_tokens=new
+        )
+        answer = api.Answer("test", None)
+        await engine.submit(body, answer)
+        while not answer.finish_reason:
+            await answer.more()
+        return seen[answer.id]
 
     async def all_at_once() -> list[list[int]]:
         return await asyncio.gather(*map(ask, turns))
@@ -143,20 +142,22 @@ def test_demo_answers_equal_generate(demo_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[290], [-1], [5, 10**9], [], ["a"], [None]])
-def test_ids_the_model_cannot_embed_are_refused(server: Running, tokens: list) -> None:
+def test_ids_the_model_cannot_embed_are_refused(
+    server: Running, monkeypatch: pytest.MonkeyPatch, tokens: list
+) -> None:
     thread = server.engine.manager._generation_thread
-    with pytest.raises((ValueError, TypeError)):
-        generate(server, tokens)
+    assert submit(server, monkeypatch, tokens).status_code == 500
     still_serves(server)
     assert server.engine.manager._generation_thread is thread
 
 
-def test_more_tokens_than_the_cache_are_refused(server: Running) -> None:
+def test_more_tokens_than_the_cache_are_refused(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     thread = server.engine.manager._generation_thread
-    with pytest.raises(ValueError, match="cache"):
-        generate(server, [5] * 600)
-    with pytest.raises(ValueError, match="cache"):
-        generate(server, [5] * 10, limit=503)
+    assert submit(server, monkeypatch, [5] * 600).status_code == 400
+    assert submit(server, monkeypatch, [5] * 509).status_code == 400
+    assert submit(server, monkeypatch, [5] * 508).status_code == 200
     assert server.engine.manager._generation_thread is thread
     still_serves(server)
 

@@ -218,6 +218,15 @@ def test_too_long_a_body_is_a_413(tiny_folder, path, chunked):
         assert works(served)
 
 
+def test_the_413_reaches_a_client_that_is_still_sending(tiny_folder):
+    with gated(tiny_folder, max_body_bytes=4096) as served:
+        head = HEAD + b"Content-Length: 32768\r\n\r\n"
+        with connect(served, head + b"[" * 16384) as connection:
+            assert works(served)  # meanwhile the server has read all that
+            connection.sendall(b"[" * 16384)
+            assert connection.recv(12) == b"HTTP/1.1 413"
+
+
 def test_the_time_limit_counts_waiting_and_frees_the_place(tiny_folder):
     with gated(tiny_folder, request_timeout=0.5) as served:
         served.gate.open.clear()

@@ -152,17 +152,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_picks_the_gpu(gpu: dict, tiny_folder: Path) -> None:
-    assert api.pick_device(api.Settings()).type == "cuda"
-    assert api.pick_device(api.Settings(demo=True)).type == "cuda"
-    assert str(api.pick_device(api.Settings(device="cuda:1"))) == "cuda:1"
-    assert api.pick_device(api.Settings(device="cpu")).type == "cpu"
+    def pick(**options: Any) -> str:
+        return str(api.preflight(api.Settings(model=tiny_folder, **options)))
+
+    assert pick() == pick(demo=True) == "cuda:0"
+    assert pick(device="cuda:1") == "cuda:1"
+    assert pick(device="cpu") == "cpu"
 
 
-def test_card_without_bfloat16(gpu: dict) -> None:
+def test_card_without_bfloat16(gpu: dict, tiny_folder: Path) -> None:
     gpu["capability"] = (7, 5)
     with pytest.raises(ValueError, match=r"Some Card.*--dtype float32"):
-        api.pick_device(api.Settings())
-    assert api.pick_device(api.Settings(dtype="float32")).type == "cuda"
+        api.preflight(api.Settings(model=tiny_folder))
+    given = api.Settings(model=tiny_folder, dtype="float32")
+    assert api.preflight(given).type == "cuda"
 
 
 def test_card_that_is_too_small(gpu: dict, tiny_folder: Path) -> None:
@@ -171,13 +174,13 @@ def test_card_that_is_too_small(gpu: dict, tiny_folder: Path) -> None:
         api.preflight(api.Settings(model=tiny_folder))
 
 
-def test_driver_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_too_old(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def old(*_: Any) -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found 12020)")
 
     monkeypatch.setattr(torch.cuda, "get_device_name", old)
     with pytest.raises(ValueError, match=r"(?s)2.13.*12020.*README"):
-        api.pick_device(api.Settings())
+        api.preflight(api.Settings(model=tiny_folder))
 
 
 # Loading

@@ -376,6 +376,7 @@ def test_a_failure_before_the_first_token_is_a_503(counting, say):
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
 def test_a_failure_after_it_is_an_error_event(counting, say, path):
     say(in_bytes(b"abcdef"))
+    wait_until(counting.idle)
     counting.gate.allow(2)
     asked = {"prompt": "hello", "messages": [{"role": "user", "content": "hello"}]}
     del asked["messages" if path == "/" else "prompt"]
