@@ -132,9 +132,9 @@ class Answer:
     prompt_tokens: int = 0
     tokens: int = 0
 
-    def gaps(self, since: float = 0.0) -> list[float]:
-        """Seconds between its pieces, for those that arrived after `since`."""
-        return [b - a for a, b in pairwise(self.arrivals) if a >= since]
+    def gaps(self, since: float = 0.0, until: float = math.inf) -> list[float]:
+        """Seconds between its pieces, for those that arrived in this time."""
+        return [b - a for a, b in pairwise(self.arrivals) if a >= since and b <= until]
 
 
 async def ask_tutorial(connection: Connection, prompt: str, tokens: int) -> Answer:
@@ -145,10 +145,12 @@ async def ask_tutorial(connection: Connection, prompt: str, tokens: int) -> Answ
     return answer
 
 
-async def ask_server(connection: Connection, prompt: str, tokens: int) -> Answer:
+async def ask_server(
+    connection: Connection, prompt: str, tokens: int, **sampling: Any
+) -> Answer:
     """A stream. Pieces are text, so now and then one is of two tokens: those that
     are parts of one character. Raises BenchmarkError if tokens are missing."""
-    body = {
+    body = sampling | {
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": tokens,
         "stream": True,
