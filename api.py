@@ -428,12 +428,8 @@ class FlashRunner(Runner):
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         pair = self.inputs_and_outputs.io_pairs[self.inputs_and_outputs.current_pair]
         host, rows = pair.host_io, len(batch_data["logits_indices"])
-        tokens, longest, (reach,) = (
-            host.num_q_tokens,
-            host.max_length_q,
-            host.max_length_k.values(),
-        )
-        full = host.block_table.shape[-1] * PAGE
+        tokens, longest = host.num_q_tokens, host.max_length_q
+        (reach,), full = host.max_length_k.values(), host.block_table.shape[-1] * PAGE
         small = self.decode or tokens <= GRAPHS[-1]
         self.use_cuda_graph_decode = small and self.use_cuda_graph_varlen
         if self.decode:
@@ -442,8 +438,7 @@ class FlashRunner(Runner):
             longest, reach = tokens, full
         else:  # no graph that must fit other steps too
             rows = len(host.requests_in_batch)
-        pair.device_io.graph_key = tokens, longest, rows, reach
-        self.rows = rows
+        self.rows, pair.device_io.graph_key = rows, (tokens, longest, rows, reach)
         # Without anything cached the new keys are enough.
         self.paged = small or host.total_seqlen_q not in host.total_seqlen_k.values()
         # The kernel groups the heads of a single token, but not under a causal mask.
@@ -1026,9 +1021,8 @@ async def metrics(request: Request) -> Response:
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
     if engine.rows:
         CACHE.set(1 - engine.cache.compute_free_capacity())
-    return Response(
-        prometheus.generate_latest(), media_type=prometheus.CONTENT_TYPE_LATEST
-    )
+    figures, kind = prometheus.generate_latest(), prometheus.CONTENT_TYPE_LATEST
+    return Response(figures, media_type=kind)
 
 
 class Observe:
