@@ -292,9 +292,18 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 # ------------------------------------------------------------------------------
 
 
-def _interrupted() -> int:
-    print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-    return 1
+INTERRUPTED = "\ninterrupted: run the same command again to resume"
+
+
+def _leave(*_: object) -> None:
+    """End at once on Ctrl-C; what is on the disk by then is kept.
+
+    Left to itself, Hugging Face's client would first finish the files in hand,
+    gigabytes of them, and ModelScope's can hang: an interrupt while a progress bar is
+    drawn leaves the bars' lock taken, which its threads then wait for.
+    """
+    os.write(2, f"{INTERRUPTED}\n".encode())  # print may be what was interrupted
+    os._exit(1)
 
 
 def main() -> int:
@@ -323,16 +332,19 @@ def main() -> int:
         f"DIR/{MODELSCOPE_REPO}, and api.py takes that as --model",
     )
     args = parser.parse_args()
-    if args.source == "huggingface":
-        # Its client would first finish the files in hand, gigabytes of them.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(_interrupted()))
+    before = signal.getsignal(signal.SIGINT)
+    if not args.demo:
+        signal.signal(signal.SIGINT, _leave)
     try:
         folder = demo_model(args.dir) if args.demo else download(args.source, args.dir)
     except (DownloadError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt:  # the demo cleans up after itself
+        print(INTERRUPTED, file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     command = "python api.py"
     if args.dir != ROOT:
         command += f" --model {shlex.quote(str(folder))}"

