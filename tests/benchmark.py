@@ -20,6 +20,7 @@ are one process; `client_cpu` in the results is the share of a core that it used
 
 import argparse
 import asyncio
+import gc
 import json
 import math
 import os
@@ -205,6 +206,7 @@ class Way:
     port: int = 0
     pid: int = 0
     ready_seconds: float = 0.0
+    dtype: str = ""  # which one `auto` was, from its log
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Way"]:
@@ -225,6 +227,9 @@ class Way:
                         raise EOFError("it did not get ready")
                     await asyncio.sleep(0.1)
                 self.ready_seconds = time.monotonic() - started
+                log.seek(0)
+                if found := re.search(r"loading .* as (\w+)", log.read()):
+                    self.dtype = found[1]
                 yield self
             except (OSError, EOFError) as error:
                 log.seek(0)
@@ -304,6 +309,8 @@ def serve_tutorial(arguments: list[str]) -> None:
             output = model.generate(
                 **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
             )
+        if output.shape[1] != length + new_tokens:  # a client cannot see that
+            raise RuntimeError(f"{output.shape[1] - length} tokens of {new_tokens}")
         return tokenizer.decode(output[0, length:], skip_special_tokens=True)
 
     def load(dtype: str) -> Any:
@@ -324,6 +331,10 @@ def serve_tutorial(arguments: list[str]) -> None:
     if dtype == "auto":  # float32 is never the faster on a GPU
         gpu = options.device != "cpu"
         dtype = "bfloat16" if gpu else min(("float32", "bfloat16"), key=seconds)
+        gc.collect()
+        with suppress(OSError):  # the trials do not belong to its peak of memory
+            Path("/proc/self/clear_refs").write_text("5")
+    print(f"loading {options.model} on {options.device} as {dtype}", flush=True)
     model = load(dtype)
     app = FastAPI()
 
@@ -338,7 +349,7 @@ def serve_tutorial(arguments: list[str]) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        return {"status": "ok", "dtype": str(model.dtype)}
+        return {"status": "ok"}
 
     uvicorn.run(app, host="127.0.0.1", port=options.port, access_log=False)
 
@@ -394,31 +405,32 @@ def print_device(_: list[str]) -> None:
     print(json.dumps(found | {"matmul_flop_per_s": multiplied}))
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the measurement runs on; on a GPU also its measured limits."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     name = re.search(r"model name\s*: (.*)", text)
     cpu = {"cpu": name[1] if name else platform.machine(), "cores": os.cpu_count()}
+    if device == "cpu":  # a GPU beside it has no part in this
+        return cpu | {"device": "cpu"}
     command = [sys.executable, __file__, "device"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return cpu | json.loads(done.stdout.splitlines()[-1])
 
 
-def weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path, dtype: str) -> int:
     """Bytes of weights that every decode step reads: all, but the embedding only
-    where the output layer shares it."""
+    where the output layer shares it. The files may hold another dtype."""
     sizes = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, tensor in header.items():
             if name != "__metadata__":
-                start, end = tensor["data_offsets"]
-                sizes[name] = end - start
+                sizes[name] = math.prod(tensor["shape"])
     if "lm_head.weight" in sizes:
         sizes.pop("model.embed_tokens.weight", None)
-    return sum(sizes.values())
+    return sum(sizes.values()) * (4 if dtype == "float32" else 2)
 
 
 def make_random(folder: Path, **changes: Any) -> None:
@@ -547,7 +559,7 @@ async def measure(ways: list[Way], options: argparse.Namespace) -> list[dict[str
     """All runs. Ways take turns where both fit in memory: load that other programs
     put on the machine then meets both."""
     make, runs = prompt_maker(options.model), []
-    groups = [[way] for way in ways] if options.device == "cuda" else [ways]
+    groups = [[way] for way in ways] if options.device != "cpu" else [ways]
     for group in groups:
         if options.cold:
             drop_from_page_cache(options.model)
@@ -600,7 +612,8 @@ def combine(results: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
             row[name] = (max if worst else median)(values) if values else value
     found = results["machine"]
     if found["device"] == "cuda":
-        row["limit_tokens_per_s"] = card_limit(results, row["clients"])
+        if results["options"]["dtype"] != "float32":  # the rate is bfloat16's
+            row["limit_tokens_per_s"] = card_limit(results, row["clients"])
         if step := row["between_tokens_p50_s"]:
             row["gb_per_s"] = results["weight_bytes"] / step / 1e9
             row["share_of_copy"] = row["gb_per_s"] * 1e9 / found["copy_bytes_per_s"]
@@ -639,6 +652,13 @@ COLUMNS: dict[str, tuple[str, float, str]] = {  # title: field, factor, format
     "GB/s": ("gb_per_s", 1, ".0f"),
     "of copy": ("share_of_copy", 1, ".0%"),
 }
+RATIOS = {  # title: field
+    "tokens/s": "tokens_per_s",
+    "first token": "first_token_p50_s",
+    "worst /health": "health_worst_s",
+    "RAM": "memory_gib",
+    "GPU memory": "gpu_memory_gib",
+}
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -648,7 +668,10 @@ def describe(results: dict[str, Any]) -> str:
     shortest, longest = options["prompt_tokens"]
     lengths = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
     work = f"prompts of {lengths} tokens, {options['new_tokens']} new"
-    dtype = "" if options["dtype"] == "auto" else f" in {options['dtype']}"
+    dtypes = results.get("dtypes", {})
+    both = " and ".join(f"{dtype} ({way})" for way, dtype in dtypes.items())
+    dtype = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else both
+    dtype = f" in {dtype}" if dtype else ""
     return f"{results['model']}{dtype} on {hardware}; {work}"
 
 
@@ -665,6 +688,21 @@ def table(results: dict[str, Any]) -> Iterator[str]:
             value = row.get(name)
             cells += f"{'-' if value is None else format(value * factor, style):>13}"
         yield f"{row['clients']:>7}  {row['way']:11}{cells}"
+    yield from ratios(rows)
+
+
+def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """This server as a multiple of the tutorial's way, a line for each level."""
+    bases = {row["clients"]: row for row in rows if row["way"] == TUTORIAL}
+    for row in rows:
+        base = bases.get(row["clients"], {})
+        if row["way"] == SERVER and base:
+            parts = [
+                f"{title} {row[name] / base[name]:.3g}"
+                for title, name in RATIOS.items()
+                if row.get(name) and base.get(name)
+            ]
+            yield f"{SERVER} / {TUTORIAL}, {row['clients']} clients: {', '.join(parts)}"
 
 
 def draw(source: Path, target: Path) -> None:
@@ -806,14 +844,14 @@ def main(arguments: list[str]) -> None:
     if options.random:
         make_random(options.random)
         options.model = options.random
-    found = machine()
+    found = machine(options.device)
     if options.device == "auto":
         options.device = found["device"]
     ways = ways_to_measure(options)
     results = {
         "machine": found,
         "model": options.model.resolve().name,
-        "weight_bytes": weight_bytes(options.model),
+        "weight_bytes": weight_bytes(options.model, options.dtype),
         "options": {
             name: value
             for name, value in vars(options).items()
@@ -821,6 +859,7 @@ def main(arguments: list[str]) -> None:
         },
         "runs": asyncio.run(measure(ways, options)),
         "ready_seconds": {way.name: way.ready_seconds for way in ways},
+        "dtypes": {way.name: way.dtype for way in ways},
     }
     results["table"] = summary(results)
     options.out.write_text(json.dumps(results, indent=1))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The benchmark measures what it says: short runs on a tiny model."""
 
 import asyncio
@@ -5,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def test_the_results_have_every_field_with_a_sane_value(measured: Any) -> None:
     assert results["machine"]["cores"] == os.cpu_count()
     assert results["options"]["server"] == ["--batch-tokens", "64"]
     assert all(0 < seconds < 120 for seconds in results["ready_seconds"].values())
+    assert results["dtypes"] == {"tutorial": "float32", "this server": "float32"}
     assert len(results["runs"]) == 2 * 2 * 2  # repeats, levels, ways
     ways = [(row["clients"], row["way"]) for row in results["table"]]
     both = benchmark.TUTORIAL, benchmark.SERVER
@@ -85,15 +88,91 @@ def test_end_tokens_do_not_shorten_the_answers(measured: Any, folder: Path) -> N
         assert tokens == pytest.approx(3 * NEW_TOKENS)
 
 
+def test_an_answer_of_the_tutorial_that_is_short_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients cannot count tokens, so its server does."""
+    code = Path(benchmark.__file__).read_text()
+    line = "model.generation_config.eos_token_id = None\n"
+    assert code.count(line) == 1
+    other = folder.parent / "benchmark.py"
+    other.write_text(code.replace(line, "pass\n"))
+    monkeypatch.setattr(benchmark, "__file__", str(other))
+    command = f"tutorial --model {folder} --device cpu --dtype float32 --new-tokens 24"
+    way = benchmark.Way("it", command.split(), benchmark.ask_tutorial, [1], threads=1)
+
+    async def measure() -> None:
+        async with way.running():
+            prompts = map(benchmark.prompt_maker(folder), [40] * 4)
+            await benchmark.run_level(way, 1, list(prompts), 24, 0)
+
+    with pytest.raises(benchmark.BenchmarkError, match="/ answered Internal"):
+        asyncio.run(measure())
+
+
+@pytest.mark.parametrize("fast", ["float32", "bfloat16"])
+def test_the_tutorial_runs_in_its_faster_dtype_and_the_trial_costs_no_memory(
+    fast: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = [], AutoModelForCausalLM.from_pretrained
+
+    def load_slow(*arguments: Any, dtype: str, **options: Any) -> Any:
+        loaded.append(dtype)
+        model = load(*arguments, dtype=dtype, **options)
+
+        def generate(input_ids: Any, max_new_tokens: int, **_: Any) -> Any:
+            time.sleep(0.2 * (dtype != fast))
+            return torch.nn.functional.pad(input_ids, (0, max_new_tokens))
+
+        model.generate = generate
+        return model
+
+    def peak() -> float:
+        return benchmark.peak_memory(os.getpid())
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_slow)
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    bytearray(2**30)  # stands for the trial: the tiny model's is too small to see
+    before = peak()
+    arguments = f"--model {folder} --device cpu --dtype auto --new-tokens 2 --port 0"
+    benchmark.serve_tutorial(arguments.split())
+    assert sorted(loaded[:2]) == ["bfloat16", "float32"] and loaded[2:] == [fast]
+    assert peak() < before - 0.5
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_beside_it_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(benchmark.subprocess, "run")
+    found = benchmark.machine("cpu")
+    assert found == {"device": "cpu", "cpu": found["cpu"], "cores": os.cpu_count()}
+
+
+def test_the_dtypes_are_named_and_so_is_a_difference() -> None:
+    results = gpu_results()
+    assert benchmark.describe(results).startswith("phi-4 on Card;")
+    results["dtypes"] = {benchmark.SERVER: "bfloat16"}
+    assert benchmark.describe(results).startswith("phi-4 in bfloat16 on Card;")
+    results["dtypes"] = {"tutorial": "float32", benchmark.SERVER: "bfloat16"}
+    names = "float32 (tutorial) and bfloat16 (this server)"
+    assert benchmark.describe(results).startswith(f"phi-4 in {names} on Card;")
+
+
 def test_the_table_is_printed(measured: Any) -> None:
     results, lines = measured
     text = "\n".join(lines)
     assert "tiny in float32" in text and "prompts of 20 to 60 tokens, 24 new" in text
     titles = [line for line in lines if "tokens/s" in line and "ratio" in line]
     assert len(titles) == 1 and "GB/s" not in titles[0]  # no GPU: no such column
-    rows = [line for line in lines if benchmark.SERVER in line]
+    shown = ["clients", "way", "tokens/s", "first p50 ms", "gap p50 ms", "p99"]
+    assert all(title in titles[0] for title in [*shown, "/health ms", "RAM GiB"])
+    rows = [line for line in lines if line[9:].startswith(benchmark.SERVER)]
     rates = [f"{r['tokens_per_s']:.1f}" for r in results["table"][1::2]]
     assert [row.split()[3] for row in rows] == rates
+    tutorial, server = results["table"][2:]
+    for title, name in list(benchmark.RATIOS.items())[:4]:  # the rest is a GPU's
+        assert f"{title} {server[name] / tutorial[name]:.3g}" in lines[-1]
+    assert "3 clients" in lines[-1] and "1 clients" in lines[-2]
 
 
 def test_medians_limits_and_shares_come_from_the_runs() -> None:
@@ -110,7 +189,11 @@ def test_medians_limits_and_shares_come_from_the_runs() -> None:
     assert row["limit_tokens_per_s"] == pytest.approx(128 / seconds)
     # The tutorial was not run with 128 clients: its best rate is the measure.
     assert benchmark.summary(results)[-1]["ratio"] == 400
-    assert "93%" in "\n".join(benchmark.table(results | {"table": [row]}))
+    printed = "\n".join(benchmark.table(results | {"table": [row]}))
+    assert "93%" in printed and "2800" in printed
+    assert all(title in printed for title in ("GB/s", "of copy", "GPU GiB"))
+    results["options"]["dtype"] = "float32"  # its matrix rate was not measured
+    assert "limit_tokens_per_s" not in benchmark.summary(results)[1]
 
 
 def test_the_chart_is_drawn_from_the_file(tmp_path: Path) -> None:
@@ -163,7 +246,9 @@ def test_random_weights_are_a_complete_folder(tmp_path: Path, folder: Path) -> N
     assert model.config.eos_token_id == 100265
     embedding = 2 * 100352 * 64
     read = 2 * model.num_parameters() - embedding  # it is not read, its rows are
-    assert benchmark.weight_bytes(tmp_path / "random") == read
+    assert benchmark.weight_bytes(tmp_path / "random", "auto") == read
+    # What counts is how they are served, not how the file has them.
+    assert benchmark.weight_bytes(tmp_path / "random", "float32") == 2 * read
     written = (tmp_path / "random" / "model.safetensors").stat().st_mtime_ns
     benchmark.make_random(tmp_path / "random", **small)  # nothing is left to do
     assert (tmp_path / "random" / "model.safetensors").stat().st_mtime_ns == written
@@ -186,7 +271,9 @@ def test_prompts_have_the_length_asked_for_and_no_common_beginning(
     assert len({prompt[:12] for prompt in prompts}) == 3
     lengths = benchmark.prompt_lengths(20, 2000, 16)
     assert lengths == benchmark.prompt_lengths(20, 2000, 16)
-    assert min(lengths) < 60 and max(lengths) > 1000
+    assert 20 <= min(lengths) < 60 and 1000 < max(lengths) <= 2000
+    again = benchmark.prompt_maker(folder)
+    assert [again(length) for length in (20, 77, 300)] == prompts  # a fixed seed
 
 
 FULL = b"HTTP/1.1 503 X\r\nContent-Length: 4\r\n\r\nfull"
