@@ -1110,10 +1110,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings, app.state.engine = settings, engine
     app.include_router(secured)
     app.include_router(public)
-    origins = settings.cors_origins.replace(",", " ").split()
-    app.add_middleware(
-        CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
-    )
+    if origins := settings.cors_origins.replace(",", " ").split():
+        app.add_middleware(
+            CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
+        )
     app.add_middleware(Observe)
     return app
 
