@@ -28,7 +28,7 @@ import sysconfig
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -854,6 +854,7 @@ async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response
     """JSON, or a stream once its first token is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
     answer = request.state.answer = Answer(engine.name, body.stop)
+    logger.debug("%s is asked %r", answer.id, body)
     # After the body only the client's end can come.
     left = HTTPException(499, "the client has left")
     answer.watch = asyncio.create_task(request.receive())
@@ -1046,6 +1047,9 @@ class Observe:
         async def timed_receive() -> Message:
             nonlocal limit, size
             closing = {"Connection": "close"}  # the rest of the body is not wanted
+            if {"content-length", "transfer-encoding"} <= {*request.headers}:
+                why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
+                raise HTTPException(400, why, closing)
             try:
                 async with asyncio.timeout_at(limit):
                     message = await receive()
@@ -1069,9 +1073,8 @@ class Observe:
             await send(message)
 
         try:
-            await self.app(scope, timed_receive, labelled_send)
-        except asyncio.CancelledError:
-            pass  # the server has to leave
+            with suppress(asyncio.CancelledError):  # the server has to leave
+                await self.app(scope, timed_receive, labelled_send)
         finally:
             REQUESTS.labels(getattr(scope.get("route"), "path", "other"), status).inc()
             path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
@@ -1079,6 +1082,7 @@ class Observe:
             if answer := getattr(request.state, "answer", None):
                 answer.watch.cancel()  # which frees its place
                 line += f" {answer.account()}"
+                logger.debug("%s answers %r", answer.id, answer.text)
             level = logging.DEBUG if path == "/health" else logging.INFO
             logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
 

@@ -346,6 +346,19 @@ def test_a_body_is_not_read_as_the_next_request(server, method):
     assert answer.count(b"HTTP/1.1 200") == 1 + (method == b"GET")
 
 
+@pytest.mark.parametrize("first", ["length", "chunks"])
+def test_a_length_beside_chunks_ends_the_connection(server, first):
+    """RFC 9112, 6.1: a proxy that counts otherwise would take what follows for part of
+    this request, so what follows must not be read as another."""
+    both = [b"Content-Length: 5\r\n", CHUNKED]
+    head = b"POST / HTTP/1.1\r\nHost: a\r\n" + b"".join(
+        both if first == "length" else both[::-1]
+    )
+    answer = exchange(server, head + b"\r\n0\r\n\r\n" + GET + b"\r\n")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert answer.startswith(b"HTTP/1.1 4")
+
+
 @pytest.mark.parametrize("endless", [b"X-A: a\r\n", b"a"])
 def test_an_endless_head_is_cut_off(server, endless):
     """It is given up after some kilobytes, so it cannot fill the memory."""

@@ -166,6 +166,20 @@ def test_no_request_leaves_its_text_in_the_log(server, caplog, path, body, statu
     assert "private" not in "".join(lines)
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_prompts_and_answers_are_logged_at_debug_level(server, caplog, path):
+    caplog.set_level(logging.DEBUG, "phi4")
+    body = {"messages": TURNS, "max_tokens": 3} if path != "/" else PRIVATE
+    answer = requests.post(server.url + path, json=body, timeout=60).json()
+    said = answer["response"] if path == "/" else None
+    said = said or answer["choices"][0]["message"]["content"]
+    wait_until(lambda: "total=" in caplog.text)
+    lines = [r.getMessage() for r in caplog.records if r.name == "phi4"]
+    assert any("something private" in line for line in lines)
+    assert any(said in line or repr(said)[1:-1] in line for line in lines)
+    assert all(line.isprintable() for line in lines)  # a prompt cannot forge a line
+
+
 def test_the_real_log_has_one_line_for_a_request(tiny_folder):
     with spawned("--model", str(tiny_folder), "--device", "cpu") as process:
         for _ in range(2):

@@ -77,7 +77,7 @@ def test_every_block_has_a_test() -> None:
 @pytest.fixture(scope="module")
 def demo(demo_folder: Path) -> Iterator[str]:
     """HOST:PORT of the real server, from the first command's second half."""
-    with spawned("--demo", "--max-new-tokens", "64") as process:
+    with spawned("--demo", "--max-new-tokens", "32") as process:
         yield f"127.0.0.1:{process.port}"
 
 
