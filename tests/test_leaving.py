@@ -49,7 +49,7 @@ def metrics(server):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
-    server = start()
+    server = start("--drain-timeout", "600")
     with (
         requests.Session() as kept,
         socket.create_connection(("127.0.0.1", server.port), timeout=60) as queued,

@@ -240,7 +240,8 @@ def test_vocabulary_that_the_model_lacks(tiny_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_signal_lets_answers_finish(tiny_folder: Path, sig: int) -> None:
-    with spawned("--model", str(tiny_folder), "--device", "cpu") as process:
+    options = "--device", "cpu", "--drain-timeout", "600"  # however slow the machine
+    with spawned("--model", str(tiny_folder), *options) as process:
         replies: list[requests.Response] = []
 
         def ask() -> None:
