@@ -601,6 +601,19 @@ def test_interrupted_conversion_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
+def test_ctrl_c_in_the_demos_download_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_download, "demo_model", interrupted)
+    monkeypatch.setattr(sys, "argv", ["model_download.py", "--demo"])
+    assert model_download.main() == 1
+    message = "\ninterrupted: run the same command again to resume\n"
+    assert capsys.readouterr() == ("", message)
+
+
 def test_two_conversions_at_once(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
