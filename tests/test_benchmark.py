@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,17 @@ def test_the_tutorial_runs_in_its_faster_dtype_and_the_trial_costs_no_memory(
     assert peak() < before - 0.5
 
 
+def test_the_peak_of_memory_is_kept_and_children_count() -> None:
+    code = "bytearray(2**29); print('done', flush=True); input()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as parent:
+        assert parent.stdout.readline() == "done\n"
+        peak = benchmark.peak_memory(parent.pid)
+        parent.communicate("\n")
+    assert 0.5 < peak < 0.6
+
+
 def test_a_run_on_the_cpu_leaves_a_gpu_beside_it_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -187,6 +200,9 @@ def test_medians_limits_and_shares_come_from_the_runs() -> None:
     assert row["share_of_copy"] == pytest.approx(2800 / 3000)
     seconds = 256 * 28e9 / 800e12 + 128 * 28e9 / 3e12
     assert row["limit_tokens_per_s"] == pytest.approx(128 / seconds)
+    # With 400 clients the matrix units are the limit: 28 GFLOP a token.
+    seconds = 400 * (256 + 128) * 28e9 / 800e12
+    assert benchmark.card_limit(results, 400) == pytest.approx(400 * 128 / seconds)
     # The tutorial was not run with 128 clients: its best rate is the measure.
     assert benchmark.summary(results)[-1]["ratio"] == 400
     printed = "\n".join(benchmark.table(results | {"table": [row]}))
