@@ -227,8 +227,9 @@ class Way:
                         raise EOFError("it did not get ready")
                     await asyncio.sleep(0.1)
                 self.ready_seconds = time.monotonic() - started
-                log.seek(0)
-                if found := re.search(r"loading .* as (\w+)", log.read()):
+                # pread, because seek would also move where the process writes.
+                head = os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")
+                if found := re.search(r"loading .* as (\w+)", head):
                     self.dtype = found[1]
                 yield self
             except (OSError, EOFError) as error:
