@@ -8,8 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import benchmark
@@ -113,33 +113,34 @@ def test_an_answer_of_the_tutorial_that_is_short_is_an_error(
 
 
 @pytest.mark.parametrize("fast", ["float32", "bfloat16"])
-def test_the_tutorial_runs_in_its_faster_dtype_and_the_trial_costs_no_memory(
+def test_the_tutorial_runs_in_its_faster_dtype_and_loads_no_other(
     fast: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, load = [], AutoModelForCausalLM.from_pretrained
 
-    def load_slow(*arguments: Any, dtype: str, **options: Any) -> Any:
+    def trial(command: list[str], **_: Any) -> Any:
+        assert command[-1] == "--trial" and command[-3] == "--dtype"
+        return SimpleNamespace(stdout=b"1" if command[-2] == fast else b"noise\n2")
+
+    def load_one(*arguments: Any, dtype: str, **options: Any) -> Any:
         loaded.append(dtype)
-        model = load(*arguments, dtype=dtype, **options)
+        return load(*arguments, dtype=dtype, **options)
 
-        def generate(input_ids: Any, max_new_tokens: int, **_: Any) -> Any:
-            time.sleep(0.2 * (dtype != fast))
-            return torch.nn.functional.pad(input_ids, (0, max_new_tokens))
-
-        model.generate = generate
-        return model
-
-    def peak() -> float:
-        return benchmark.peak_memory(os.getpid())
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_slow)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_one)
+    monkeypatch.setattr(benchmark.subprocess, "run", trial)
     monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
-    bytearray(2**30)  # stands for the trial: the tiny model's is too small to see
-    before = peak()
     arguments = f"--model {folder} --device cpu --dtype auto --new-tokens 2 --port 0"
     benchmark.serve_tutorial(arguments.split())
-    assert sorted(loaded[:2]) == ["bfloat16", "float32"] and loaded[2:] == [fast]
-    assert peak() < before - 0.5
+    assert loaded == [fast]
+
+
+def test_a_trial_tells_the_seconds_of_an_answer(folder: Path) -> None:
+    command = [sys.executable, benchmark.__file__, "tutorial", "--device", "cpu"]
+    command += ["--model", str(folder), "--dtype", "auto", "--new-tokens", "2"]
+    done = subprocess.run(
+        [*command, "--dtype", "float32", "--trial"], check=True, stdout=subprocess.PIPE
+    )
+    assert 0 < float(done.stdout.splitlines()[-1]) < 60
 
 
 def test_the_peak_of_memory_is_kept_and_children_count() -> None:
