@@ -125,7 +125,10 @@ def model(seed: int = 0) -> transformers.PreTrainedModel:
 
 
 def answers(
-    served: transformers.PreTrainedModel, prompts: list[list[int]], sampled: tuple = ()
+    served: transformers.PreTrainedModel,
+    prompts: list[list[int]],
+    sampled: tuple = (),
+    pages: int = 20,
 ) -> list[list[int]]:
     """All but the last prompt in flight at once, then that one; 24 tokens each."""
     greedy = transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0)
@@ -134,7 +137,7 @@ def answers(
         num_blocks=200,
         max_batch_tokens=128,
         max_requests_per_batch=8,
-        max_blocks_per_request=20,
+        max_blocks_per_request=pages,
     )
     manager = served.init_continuous_batching(greedy, config)
     manager.logit_processor.supported_keys["sampling"] = tuple
@@ -189,6 +192,9 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     } == PATHS
     alone = answers(served, [prompts[1], prompts[3]], sampled=(0, 1))
     assert alone == [mixed[1], mixed[3]]  # the seed's answers, whatever else is there
+    # A context that is as long as the largest step leaves no room for cached tokens.
+    short = answers(served, [prompts[1], prompts[3]], sampled=(0, 1), pages=8)
+    assert short == alone
 
 
 def test_without_varlen_attn_the_library_attends(
