@@ -230,6 +230,12 @@ class OpenAITurn(Strict, extra="ignore"):
         return Turn(role=self.role.replace("developer", "system"), content=text)
 
 
+class Choice(BaseModel):
+    index: Literal[0]
+    message: Turn
+    finish_reason: Finish
+
+
 class ChatCompletion(BaseModel):
     """The answer of `POST /v1/chat/completions`."""
 
@@ -237,8 +243,22 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[dict[Literal["index", "message", "finish_reason"], Any]]
+    choices: list[Choice]
     usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["local"] = "local"
+
+
+class ModelList(BaseModel):
+    """The answer of `GET /v1/models`: the one model that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
 
 
 TURN = {"role": "user", "content": "What is 2 + 2?"}
@@ -730,7 +750,8 @@ class Engine:
                 elif time.monotonic() - moved > settings.stall_timeout:
                     raise TimeoutError("no forward pass in --stall-timeout seconds")
         except Exception as error:
-            logger.critical("%s cannot be served: %s", self.name, error)
+            why = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+            logger.critical("%s cannot be served: %s", self.name, why)
             logger.debug("details", exc_info=True)
             self.release_all(Unavailable("the engine failed for good"))
             await asyncio.sleep(0.5)  # for the 503s to get out
@@ -918,18 +939,6 @@ async def problem(request: Request, error: Any) -> Response:
     return Response(json.dumps(content), status, headers, "application/json")
 
 
-async def authorize(
-    request: Request, given: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
-) -> None:
-    """Raise a 401 unless one of the keys is given, where keys are set."""
-    token = given.credentials.encode() if given else b""
-    keys = request.app.state.settings.keys()
-    matches = [secrets.compare_digest(token, key) for key in keys]  # all: constant time
-    if keys and not any(matches):
-        why = "send a valid API key: Authorization: Bearer KEY"
-        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
-
-
 class Problem(BaseModel):
     detail: str
 
@@ -951,7 +960,9 @@ def answers(problem: type[BaseModel]) -> dict[int | str, Any]:
     return events | {code: {"model": problem} for code in codes}
 
 
-public, secured = APIRouter(), APIRouter(dependencies=[Depends(authorize)])
+# `refuse` checks the key, before the body is read; this documents it.
+secured = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
+public = APIRouter()
 
 
 @secured.post("/", response_model=ChatAnswer, responses=answers(Problem))
@@ -972,11 +983,10 @@ async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
 
 
 @secured.get("/v1/models", responses={401: {"model": OpenAIProblem}})
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request) -> ModelList:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
-    card = {"id": engine.name, "object": "model", "created": engine.created}
-    return {"object": "list", "data": [card | {"owned_by": "local"}]}
+    return ModelList(data=[ModelCard(id=engine.name, created=engine.created)])
 
 
 @public.get("/health", responses={503: {"model": Health}})
@@ -984,7 +994,8 @@ async def health(request: Request, response: Response) -> Health:
     """200 when requests are answered; 503 while loading, down or leaving."""
     engine: Engine = request.app.state.engine
     response.status_code = 200 if engine.status == "ok" else 503
-    return Health(status=engine.status, model=engine.name, device=str(engine.device))
+    name = engine.name + " (demo model, not phi-4)" * engine.settings.demo
+    return Health(status=engine.status, model=name, device=str(engine.device))
 
 
 @public.get("/docs", include_in_schema=False)
@@ -1027,6 +1038,24 @@ async def metrics(request: Request) -> Response:
         CACHE.set(1 - engine.cache.compute_free_capacity())
     figures, kind = prometheus.generate_latest(), prometheus.CONTENT_TYPE_LATEST
     return Response(figures, media_type=kind)
+
+
+OPEN = "/health", "/docs", "/openapi.json"  # need no key
+
+
+def refuse(request: Request) -> HTTPException | None:
+    """Why a request must not reach its route, whatever its body is."""
+    state, path = request.app.state, request.scope["path"]
+    if state.engine.state == "loading" and path != "/health":
+        return Unavailable("the server is loading")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    keys = [] if path in OPEN else state.settings.keys()
+    matches = [secrets.compare_digest(given, key) for key in keys]  # constant time
+    if keys and not any(matches):
+        why = "send a valid API key: Authorization: Bearer KEY"
+        return HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+    return None
 
 
 class Observe:
@@ -1076,8 +1105,10 @@ class Observe:
             await send(message)
 
         try:
+            refusal = refuse(request)
+            app = await problem(request, refusal) if refusal else self.app
             with suppress(asyncio.CancelledError):  # the server has to leave
-                await self.app(scope, timed_receive, labelled_send)
+                await app(scope, timed_receive, labelled_send)
         finally:
             REQUESTS.labels(getattr(scope.get("route"), "path", "other"), status).inc()
             path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
@@ -1117,11 +1148,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings, app.state.engine = settings, engine
     app.include_router(secured)
     app.include_router(public)
+    app.add_middleware(Observe)
     if origins := settings.cors_origins.replace(",", " ").split():
         app.add_middleware(
             CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Observe)
     return app
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -230,7 +231,9 @@ def demo_model(root: Path = ROOT) -> Path:
         return folder
     _check_space(root, DEMO_BYTES)
     root.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{DEMO_NAME}-", dir=root) as work:
+    _remove_leftovers(root)
+    prefix = f".{DEMO_NAME}-{os.getpid()}-"
+    with TemporaryDirectory(prefix=prefix, dir=root) as work:
         gguf = _fetch_demo_gguf(Path(work))
         converted = Path(work) / DEMO_NAME
         _convert_gguf(gguf, converted)
@@ -240,6 +243,20 @@ def demo_model(root: Path = ROOT) -> Path:
             if missing_files(folder):  # otherwise another process was first
                 raise
     return folder
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove the working folders of processes that were killed."""
+    for folder in root.glob(f".{DEMO_NAME}-*-*"):
+        with suppress(ValueError, PermissionError):  # not ours; another user's process
+            process = int(folder.name.split("-")[-2])
+            if process != os.getpid():  # the same again after a container's restart
+                if os.name != "posix":
+                    continue
+                with suppress(ProcessLookupError):
+                    os.kill(process, 0)  # only asks whether it lives
+                    continue
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fetch_demo_gguf(work: Path) -> Path:

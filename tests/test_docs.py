@@ -54,6 +54,9 @@ def test_every_operation_says_what_it_does_and_how_it_fails(schema):
         answers = operation["responses"]
         media = "text/plain" if path == "/metrics" else "application/json"
         assert media in answers["200"]["content"]
+        if media == "application/json":
+            shown = resolved(schema, answers["200"]["content"][media]["schema"])
+            assert shown["properties"], path
         if method == "post":
             assert {"400", "401", "408", "413", "500", "503", "504"} <= set(answers)
             assert ("422" in answers) == (path == "/"), path

@@ -62,6 +62,15 @@ def test_without_a_key_there_is_no_answer(locked, method, path, body, authorizat
     assert set(answer.json()) == ({"error"} if "/v1" in path else {"detail"})
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_the_key_comes_before_the_body(locked, path):
+    headers = {"Content-Type": "application/json"}
+    for body in (b"{", b"[" * 9000, b"\xff"):
+        url = locked.url + path
+        answer = requests.post(url, data=body, headers=headers, timeout=60)
+        assert answer.status_code == 401
+
+
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
 @pytest.mark.parametrize("key", ["first-key", "second-key"])
 @pytest.mark.parametrize(("method", "path", "body"), PROTECTED)

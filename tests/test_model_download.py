@@ -638,6 +638,23 @@ def test_damaged_demo_folder_is_named(tmp_path: Path) -> None:
         demo_model(tmp_path)
 
 
+def test_demo_removes_what_a_killed_process_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    here = f".{model_download.DEMO_NAME}-"
+    kept = [f"{here}1-x", f"{here}odd-x", here + "odd"]  # 1 lives, the others: whose?
+    for name in (f"{here}{gone.pid}-x", f"{here}{os.getpid()}-x", *kept):
+        (tmp_path / name / "half").mkdir(parents=True)
+    monkeypatch.setattr(model_download, "_fetch_demo_gguf", lambda work: work)
+    monkeypatch.setattr(
+        model_download, "_convert_gguf", lambda source, folder: folder.mkdir()
+    )
+    demo_model(tmp_path)
+    assert set(os.listdir(tmp_path)) == {model_download.DEMO_NAME, *kept}
+
+
 def test_demo_needs_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = SimpleNamespace(free=10**8)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)

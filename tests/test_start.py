@@ -104,7 +104,7 @@ def test_the_demo_says_that_it_is_one(demo_folder: Path) -> None:
         [line] = [ln for ln in process.log().splitlines() if "demo model" in ln]
         assert "SmolLM2-135M" in line and "not phi-4" in line
         health = requests.get(process.url + "/health", timeout=5).json()
-        assert health["model"] == demo_folder.name and "phi" not in demo_folder.name
+        assert health["model"] == f"{demo_folder.name} (demo model, not phi-4)"
     assert "it is not phi-4" in (ROOT / "README.md").read_text()
 
 
@@ -206,6 +206,11 @@ def test_port_opens_at_once_and_answers_503_until_ready(
             )
             early = server.post(path=path, **body)
             assert early.status_code == 503 and early.headers["Retry-After"] == "1"
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere"):
+            early = requests.get(server.url + path, timeout=5)
+            assert early.status_code == 503 and early.headers["Retry-After"] == "1"
+        early = server.post(unknown=1)
+        assert early.status_code == 503
         gate.set()
         wait_until(lambda: server.engine.status == "ok")
         assert server.post(max_new_tokens=1).status_code == 200
@@ -220,6 +225,17 @@ def test_load_that_fails_ends_the_process(tiny_folder: Path, tmp_path: Path) -> 
         assert process.wait(DEADLINE) == api.EXIT_LOAD
         assert "cannot be served" in process.log()
         assert "Traceback" not in process.log()
+        _, _, after = process.log().partition(" CRITICAL ")
+        assert after.count("\n") == 1  # one line, whatever the library says
+
+
+def test_load_that_fails_names_the_error(tiny_folder: Path, tmp_path: Path) -> None:
+    """Some say nothing by themselves: KeyError's text is only the key."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (folder / "tokenizer.json").write_text("{}")
+    with spawned("--model", str(folder), "--device", "cpu", wait=False) as process:
+        assert process.wait(DEADLINE) == api.EXIT_LOAD
+        assert "Error: " in process.log()
 
 
 def test_vocabulary_that_the_model_lacks(tiny_folder: Path, tmp_path: Path) -> None:
