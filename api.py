@@ -93,6 +93,8 @@ class Settings(BaseSettings):
     """auto, cpu, cuda or cuda:N. auto is the GPU; the demo also takes the CPU."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Fewer bits for the weights, with the package torchao: for cards under 32 GB."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer, in tokens, for requests that do not say."""
     max_in_flight: int = Field(0, ge=0, le=1024)
@@ -630,9 +632,14 @@ def preflight(settings: Settings) -> torch.device:
         lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
         hint = "python model_download.py downloads phi-4, --demo needs no download"
         raise ValueError(f"{folder} {lacks}: {hint}")
+    size = {"none": 1.0, "int8": 0.55, "int4": 0.35}[settings.quantize]
+    if size < 1 and importlib.util.find_spec("torchao") is None:
+        raise ValueError("--quantize needs a package: pip install torchao==0.18.0")
     auto = "cpu" if settings.demo and not cuda.is_available() else "cuda:0"
     device = torch.device(settings.device.replace("auto", auto))
     if device.type == "cpu":
+        if settings.quantize == "int4":
+            raise ValueError("--quantize int4 needs a GPU, int8 does not")
         return device
     try:
         name = cuda.get_device_name(device)  # torch explains old drivers well
@@ -644,14 +651,22 @@ def preflight(settings: Settings) -> torch.device:
     if cuda.get_device_capability(device) < (8, 0) and not full:
         hint = "--dtype float32 runs on it, slowly, in twice the memory"
         raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
-    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    needed, free = (
-        weights * (1 + full) / 2**30 + 2,
-        cuda.mem_get_info(device)[0] / 2**30,
-    )
-    if free < needed:
+    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * size
+    needed = weights * (1 + full) / 2**30 + 2
+    if (free := cuda.mem_get_info(device)[0] / 2**30) < needed:
         raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
     return device
+
+
+def quantization(kind: str) -> transformers.TorchAoConfig:
+    """How to store the weights of linear layers: in int8, or in int4 with a scale for
+    each 64 of them. The matrices are multiplied in the ordinary type."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if kind == "int8":
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    packing = {"group_size": 64, "int4_packing_format": "tile_packed_to_4d"}
+    return transformers.TorchAoConfig(Int4WeightOnlyConfig(**packing))
 
 
 class Engine:
@@ -681,6 +696,8 @@ class Engine:
         logger.info("loading %s on %s as %s", folder, device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         where = {"device_map": device, "attn_implementation": pick_attention(device)}
+        if settings.quantize != "none":
+            where["quantization_config"] = quantization(settings.quantize)
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(folder, dtype=dtype, **where)
         # Early copies of phi-4 name the wrong end token in their config.
