@@ -663,8 +663,10 @@ def quantization(kind: str) -> transformers.TorchAoConfig:
     each 64 of them. The matrices are multiplied in the ordinary type."""
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
-    if kind == "int8":
-        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if kind == "int8":  # its own settings of the compiler search for minutes
+        return transformers.TorchAoConfig(
+            Int8WeightOnlyConfig(set_inductor_config=False)
+        )
     packing = {"group_size": 64, "int4_packing_format": "tile_packed_to_4d"}
     return transformers.TorchAoConfig(Int4WeightOnlyConfig(**packing))
 

@@ -98,6 +98,8 @@ class Forced:
                     continue
                 length, tokens = self.known[state.request_id]
                 at = state.position_offset - length
+                if at == len(tokens) - length:  # a step too far, begun before the end
+                    continue
                 exact = self.reference[state.request_id][at]
                 self.errors[state.request_id][at] = compared(self.scores[row], exact)
                 ios.output_ids[0, row] = tokens[length + at]
