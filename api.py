@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import sysconfig
@@ -64,6 +65,8 @@ except ImportError:
     varlen_attn = None
 
 logger = logging.getLogger("phi4")
+# Under torchrun each GPU has a process: number 0 serves, the others follow.
+RANK, GPUS = (int(os.environ.get(*each)) for each in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 # ------------------------------------------------------------------------------
 # Settings
@@ -610,7 +613,7 @@ def preflight(settings: Settings) -> torch.device:
         lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
         hint = "python model_download.py downloads phi-4, --demo needs no download"
         raise ValueError(f"{folder} {lacks}: {hint}")
-    auto = "cpu" if settings.demo and not cuda.is_available() else "cuda:0"
+    auto = "cpu" if settings.demo and not cuda.is_available() else f"cuda:{RANK}"
     device = torch.device(settings.device.replace("auto", auto))
     if device.type == "cpu":
         return device
@@ -626,7 +629,7 @@ def preflight(settings: Settings) -> torch.device:
         raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     needed, free = (
-        weights * (1 + full) / 2**30 + 2,
+        weights * (1 + full) / GPUS / 2**30 + 2,
         cuda.mem_get_info(device)[0] / 2**30,
     )
     if free < needed:
@@ -661,6 +664,9 @@ class Engine:
         logger.info("loading %s on %s as %s", folder, device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         where = {"device_map": device, "attn_implementation": pick_attention(device)}
+        if GPUS > 1:
+            os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
+            where |= {"device_map": None, "distributed_config": {"tp_size": GPUS}}
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(folder, dtype=dtype, **where)
         # Early copies of phi-4 name the wrong end token in their config.
@@ -739,6 +745,8 @@ class Engine:
     async def revive(self) -> None:
         """Start a dead generation thread again. Raises if the GPU does not work."""
         reason = self.manager.background_thread_status.fatal_error
+        if GPUS > 1:  # all processes have to start again
+            raise RuntimeError(reason or "the process of another GPU has failed")
         logger.error("generation died and is started again: %s", reason)
         self.release_all(Unavailable("the engine failed and is restarting"))
         await asyncio.to_thread(self.manager.join, time.perf_counter())
@@ -1154,6 +1162,18 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def follow(settings: Settings) -> int:
+    """Run what process 0 runs until that ends. Returns the exit code."""
+    engine = Engine(settings)
+    engine.load()
+    for each in (signal.SIGINT, signal.SIGTERM):  # process 0 finishes its answers
+        signal.signal(each, signal.SIG_IGN)
+    engine.manager.output_router.output_queue.put = lambda output: None  # unread
+    engine.manager._wake_up_loop.wait = lambda timeout: None  # process 0 sets the pace
+    engine.manager._run_generation_loop()
+    return 0
+
+
 def main() -> int:
     """Run the server from the command line. Returns the exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -1161,6 +1181,8 @@ def main() -> int:
         settings = Settings(_cli_parse_args=True)
         logger.setLevel(settings.log_level.upper())
         preflight(settings)
+        if RANK:
+            return follow(settings)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         address = settings.host, settings.port
         listener = socket.create_server(address, family=family, backlog=2048)
