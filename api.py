@@ -531,6 +531,29 @@ def pick_attention(device: torch.device) -> str:
     return FLASH
 
 
+# What each GPU holds of a layer. The library's own plan computes attention in full on
+# all of them, each with the whole cache.
+PLAN = {"self_attn.qkv_proj": "colwise", "self_attn.o_proj": "rowwise"}
+PLAN |= {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
+PLAN = {f"model.layers.*.{name}": style for name, style in PLAN.items()}
+
+
+def split_heads(model: nn.Module) -> None:
+    """Leave this GPU its heads, in place of its rows of the packed projection."""
+    config = model.config
+    heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+    if heads[1] % GPUS:
+        raise ValueError(f"{heads[1]} key-value heads do not divide by {GPUS} GPUs")
+    for layer in model.model.layers:
+        each, dim = layer.self_attn, layer.self_attn.head_dim
+        parts = each.qkv_proj.weight.full_tensor().split([n * dim for n in heads])
+        mine = torch.cat([part.chunk(GPUS)[RANK] for part in parts])
+        each.qkv_proj.weight = nn.Parameter(mine, requires_grad=False)
+        each.num_key_value_heads //= GPUS
+    config.head_dim, config.num_attention_heads = dim, heads[0] // GPUS
+    config.num_key_value_heads //= GPUS
+
+
 # ------------------------------------------------------------------------------
 # Engine
 # ------------------------------------------------------------------------------
@@ -666,9 +689,12 @@ class Engine:
         where = {"device_map": device, "attn_implementation": pick_attention(device)}
         if GPUS > 1:
             os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
-            where |= {"device_map": None, "distributed_config": {"tp_size": GPUS}}
+            split = {"tp_size": GPUS, "tp_plan": PLAN}
+            where |= {"device_map": None, "distributed_config": split}
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(folder, dtype=dtype, **where)
+        if GPUS > 1:
+            split_heads(model)
         # Early copies of phi-4 name the wrong end token in their config.
         own, vocabulary = (
             model.generation_config.eos_token_id,
