@@ -112,8 +112,8 @@ def spawned(
 ) -> Iterator[Any]:
     """`python LAUNCHER api.py ARGUMENTS` as a user starts it; has `.url`, `.log()`."""
     port = free_port()
-    command = [sys.executable, *launcher, str(ROOT / "api.py"), *arguments]
-    command += ["--port", str(port)]
+    command = [sys.executable, *launcher, str(ROOT / "api.py")]
+    command += ["--port", str(port), *arguments]
     log = ROOT / "tests" / f".spawned-{port}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
