@@ -1232,6 +1232,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # With several GPUs without Python's teardown, which can wait for NCCL.
+    (os._exit if GPUS > 1 else sys.exit)(main())
 
 app = create_app()
