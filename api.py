@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import sysconfig
@@ -64,6 +65,9 @@ except ImportError:
     varlen_attn = None
 
 logger = logging.getLogger("phi4")
+# Under torchrun each GPU has a process: number 0 serves, the others follow.
+GPUS = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) % GPUS
 
 # ------------------------------------------------------------------------------
 # Settings
@@ -550,6 +554,29 @@ def pick_attention(device: torch.device) -> str:
     return FLASH
 
 
+# What each GPU holds of a layer. The library's own plan computes attention in full on
+# all of them, each with the whole cache.
+PLAN = {"self_attn.qkv_proj": "colwise", "self_attn.o_proj": "rowwise"}
+PLAN |= {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
+PLAN = {f"model.layers.*.{name}": style for name, style in PLAN.items()}
+
+
+def split_heads(model: nn.Module) -> None:
+    """Leave this GPU its heads, in place of its rows of the packed projection."""
+    config = model.config
+    heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+    if heads[1] % GPUS:
+        raise ValueError(f"{heads[1]} key-value heads do not divide by {GPUS} GPUs")
+    for layer in model.model.layers:
+        each, dim = layer.self_attn, layer.self_attn.head_dim
+        parts = each.qkv_proj.weight.full_tensor().split([n * dim for n in heads])
+        mine = torch.cat([part.chunk(GPUS)[RANK] for part in parts])
+        each.qkv_proj.weight = nn.Parameter(mine, requires_grad=False)
+        each.num_key_value_heads //= GPUS
+    config.head_dim, config.num_attention_heads = dim, heads[0] // GPUS
+    config.num_key_value_heads //= GPUS
+
+
 # ------------------------------------------------------------------------------
 # Engine
 # ------------------------------------------------------------------------------
@@ -635,7 +662,7 @@ def preflight(settings: Settings) -> torch.device:
     size = {"none": 1.0, "int8": 0.55, "int4": 0.35}[settings.quantize]
     if size < 1 and importlib.util.find_spec("torchao") is None:
         raise ValueError("--quantize needs a package: pip install torchao==0.18.0")
-    auto = "cpu" if settings.demo and not cuda.is_available() else "cuda:0"
+    auto = "cpu" if settings.demo and not cuda.is_available() else f"cuda:{RANK}"
     device = torch.device(settings.device.replace("auto", auto))
     if device.type == "cpu":
         if settings.quantize == "int4":
@@ -652,7 +679,7 @@ def preflight(settings: Settings) -> torch.device:
         hint = "--dtype float32 runs on it, slowly, in twice the memory"
         raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * size
-    needed = weights * (1 + full) / 2**30 + 2
+    needed = weights * (1 + full) / GPUS / 2**30 + 2
     if (free := cuda.mem_get_info(device)[0] / 2**30) < needed:
         raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
     return device
@@ -700,8 +727,14 @@ class Engine:
         where = {"device_map": device, "attn_implementation": pick_attention(device)}
         if settings.quantize != "none":
             where["quantization_config"] = quantization(settings.quantize)
+        if GPUS > 1:
+            os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
+            split = {"tp_size": GPUS, "tp_plan": PLAN}
+            where |= {"device_map": None, "distributed_config": split}
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(folder, dtype=dtype, **where)
+        if GPUS > 1:
+            split_heads(model)
         # Early copies of phi-4 name the wrong end token in their config.
         own, vocabulary = (
             model.generation_config.eos_token_id,
@@ -779,6 +812,8 @@ class Engine:
     async def revive(self) -> None:
         """Start a dead generation thread again. Raises if the GPU does not work."""
         reason = self.manager.background_thread_status.fatal_error
+        if GPUS > 1:  # all processes have to start again
+            raise RuntimeError(reason or "the process of another GPU has failed")
         logger.error("generation died and is started again: %s", reason)
         self.release_all(Unavailable("the engine failed and is restarting"))
         await asyncio.to_thread(self.manager.join, time.perf_counter())
@@ -1204,6 +1239,18 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def follow(settings: Settings) -> int:
+    """Run what process 0 runs until that ends. Returns the exit code."""
+    engine = Engine(settings)
+    engine.load()
+    for each in (signal.SIGINT, signal.SIGTERM):  # process 0 finishes its answers
+        signal.signal(each, signal.SIG_IGN)
+    engine.manager.output_router.output_queue.put = lambda output: None  # unread
+    engine.manager._wake_up_loop.wait = lambda timeout: None  # process 0 sets the pace
+    engine.manager._run_generation_loop()
+    return 0
+
+
 def main() -> int:
     """Run the server from the command line. Returns the exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -1211,6 +1258,8 @@ def main() -> int:
         settings = Settings(_cli_parse_args=True)
         logger.setLevel(settings.log_level.upper())
         preflight(settings)
+        if RANK:
+            return follow(settings)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         address = settings.host, settings.port
         listener = socket.create_server(address, family=family, backlog=2048)
@@ -1234,6 +1283,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # With several GPUs without Python's teardown, which can wait for NCCL.
+    (os._exit if GPUS > 1 else sys.exit)(main())
 
 app = create_app()

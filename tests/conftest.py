@@ -107,10 +107,13 @@ def running(wait: bool = True, **options: Any) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def spawned(*arguments: str, wait: bool = True, **environment: str) -> Iterator[Any]:
-    """`python api.py ARGUMENTS` as a user starts it; has `.url` and `.log()`."""
+def spawned(
+    *arguments: str, wait: bool = True, launcher: tuple = (), **environment: str
+) -> Iterator[Any]:
+    """`python LAUNCHER api.py ARGUMENTS` as a user starts it; has `.url`, `.log()`."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "api.py"), "--port", str(port), *arguments]
+    command = [sys.executable, *launcher, str(ROOT / "api.py")]
+    command += ["--port", str(port), *arguments]
     log = ROOT / "tests" / f".spawned-{port}.log"
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -37,6 +37,7 @@ NOT_RUN = {
     "pip install -r tests/requirements.txt && python -m pytest": ".ci/run does",
     "pip install -i https://pypi.tuna": "a mirror on the internet",
     "pip install torch==2.13.0 --index-url": "PyTorch's index, and an old driver",
+    "torchrun ": "needs two GPUs; test_parallel.py plays them",
     "ssh ": "needs a rented machine",
     "docker run ": "needs a Docker daemon and a GPU",
 }
