@@ -66,8 +66,8 @@ except ImportError:
 
 logger = logging.getLogger("phi4")
 # Under torchrun each GPU has a process: number 0 serves, the others follow.
-GPUS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) % GPUS
+GPUS = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0")) % GPUS
 
 # ------------------------------------------------------------------------------
 # Settings
