@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Report the time until a slot is free after a client has left.
 
     python tests/cancel.py [COUNT] [MODEL_FOLDER]

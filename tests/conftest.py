@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fixtures: tiny models, the server in this process, the server as its users start it."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Look at /docs in a real browser and try the first route there.
 
     npm install swagger-ui-dist@5 playwright-core

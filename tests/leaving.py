@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Report how long leaving takes, from the signal on.
 
     python tests/leaving.py [COUNT]

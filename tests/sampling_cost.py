@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Report what sampled requests cost the greedy ones in the same batch.
 
     python tests/sampling_cost.py                 a tiny model with phi-4's vocabulary

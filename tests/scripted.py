@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tiny model that says what a test wants, and a gate before its forward passes."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Soak test: thousands of mixed requests over HTTP on a tiny model.
 
     python tests/soak.py                       10,000 requests to `python api.py`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The GPU's attention on a CPU: every path of it, with the kernel replaced by a
 reference that refuses what the kernel would get wrong."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`POST /` as clients in the field rely on it, and every bad input as a 4xx."""
 
 import json

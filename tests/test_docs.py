@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The try-it page, its examples, and the schema behind it. `docs_page.py` looks at
 the page in a browser."""
 

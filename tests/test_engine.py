@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every way found to kill, hang or leak the engine, and the guard against it."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Hostile input: forged control tokens, broken JSON, broken HTTP."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """API keys, request ids, what is logged, and the warning about an open port."""
 
 import logging

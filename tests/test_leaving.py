@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Leaving: the signals, what clients see meanwhile, and what a kill leaves behind."""
 
 import contextlib

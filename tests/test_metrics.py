@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GET /metrics, and pages of other origins."""
 
 from concurrent.futures import ThreadPoolExecutor

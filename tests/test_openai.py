@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The OpenAI routes, through the clients that people use."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Overload and faults: whoever can be answered is, and the server serves again."""
 
 import asyncio

@@ -1,5 +1,7 @@
+# SPDX-License-Identifier: MIT
 """README.md: its commands are run, its outputs and tables are compared."""
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import pytest
 import requests
 import scripted
@@ -43,6 +46,7 @@ NOT_RUN = {
 }
 # Beginnings of commands whose options are checked, because phi-4 itself is too large.
 PARSED = ("python model_download.py", "HF_ENDPOINT=", "python api.py")
+PARSED += ("python tests/benchmark.py",)  # test_benchmark.py runs it, on a tiny model
 RUN = ("curl ", "python py_api.py", "export OPENAI_BASE_URL=")
 
 
@@ -180,6 +184,9 @@ def test_options_of_commands_that_need_phi4(
     if words[1] == "api.py":
         api.Settings(_cli_parse_args=words[2:])
         return
+    if words[1] == "tests/benchmark.py":
+        assert benchmark.parse(words[2:]).demo
+        return
     asked = []
 
     def download(source: str, root: Path) -> Path:
@@ -196,6 +203,26 @@ def test_options_of_commands_that_need_phi4(
 # ------------------------------------------------------------------------------
 # Tables and claims
 # ------------------------------------------------------------------------------
+
+
+def test_licences() -> None:
+    """Those of the code, of phi-4 and of the demo model are named, each source's too."""
+    *_, section = README.split("## Versions and licences")
+    assert "own code: MIT" in section and "phi-4: MIT" in section
+    assert re.search(r"SmolLM2-135M-Instruct: Apache-2\.0", section)
+    sources = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    assert len(sources) > 20
+    for path in sources:
+        assert path.read_text().startswith("# SPDX-License-Identifier: MIT\n"), path
+
+
+def test_the_same_torchao_is_named(tiny_folder: Path) -> None:
+    if importlib.util.find_spec("torchao"):
+        pytest.skip("torchao is installed")
+    with pytest.raises(ValueError) as told:
+        api.preflight(api.Settings(model=tiny_folder, device="cpu", quantize="int8"))
+    named = re.search(r"pip install torchao==[\d.]+", str(told.value))
+    assert named and named[0] in README
 
 
 def settings_table() -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sampling: the right distribution, repeatable by seed, and greedy rows untouched."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A short soak in every run of the tests; `python tests/soak.py` is the long one."""
 
 from soak import run

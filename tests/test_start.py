@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Starting: what a newcomer does wrong ends with one clear line and exit code 2."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Streams of `POST /`: the same text as the plain answer, in whole characters."""
 
 import asyncio

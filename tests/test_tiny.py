@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The stand-ins must be what the other tests take them for."""
 
 import hashlib

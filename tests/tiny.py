@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Build tiny stand-ins for phi-4: its tokenizer, a byte-level one, random models.
 
 Each builder fills a folder that `AutoTokenizer.from_pretrained`, and for models
