@@ -1030,8 +1030,8 @@ class Observe:
     """Middleware around a request: an id, a time limit for its body, and an end that
     frees its place, counts and logs it."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
+        self.app, self.sends_id = app, sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -1069,7 +1069,8 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"].append((b"x-request-id", request_id.encode()))
+                own = [(b"x-request-id", request_id.encode())]
+                message["headers"] += own if self.sends_id else []
             await send(message)
 
         try:
@@ -1090,14 +1091,17 @@ class Observe:
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application; it loads the model when its lifespan starts."""
+def create_app(settings: Settings | None = None, ray: bool = False) -> FastAPI:
+    """The application; it loads the model when its lifespan starts. `ray`: under Ray
+    Serve, which takes the end of that start for ready and sends X-Request-ID itself."""
     settings = settings or Settings()
     engine = Engine(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         running = asyncio.create_task(engine.run())
+        while ray and engine.state == "loading":
+            await asyncio.sleep(0.1)
         yield
         running.cancel()
         await engine.close()
@@ -1118,7 +1122,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Observe)
+    app.add_middleware(Observe, sends_id=not ray)
     return app
 
 
@@ -1149,6 +1153,42 @@ class Server(uvicorn.Server):
         engine: Engine = self.config.app.state.engine
         self.should_exit = engine.state == "draining" and not engine.pending
         return await super().on_tick(counter)
+
+
+def ray_app(args: dict[str, Any]) -> Any:
+    """The application of `serve run api:ray_app replicas=2 ...`, on a Ray cluster.
+
+    `args` are settings; `replicas`; `max_replicas`, up to which requests in flight add
+    more; `cpus` of each. Each has a GPU, except with demo or device=cpu. Raises
+    ValueError for a wrong one.
+    """
+    from ray import serve
+
+    least, cpus = int(args.pop("replicas", 1)), float(args.pop("cpus", 1))
+    scale = {"min_replicas": least, "max_replicas": args.pop("max_replicas", least)}
+    settings = Settings(**args)
+    settings.model = settings.model.absolute()
+    gpu = settings.device != "cpu" and not settings.demo
+    rows = settings.max_in_flight = settings.max_in_flight or (128 if gpu else 16)
+    waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * rows
+    router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+    def replica() -> FastAPI:
+        logger.parent = logging.getLogger("ray.serve")
+        logger.setLevel(settings.log_level.upper())
+        return create_app(settings, ray=True)
+
+    return serve.deployment(
+        serve.ingress(replica)(),
+        name="phi-4",
+        ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
+        autoscaling_config=scale | {"target_ongoing_requests": rows},
+        request_router_config={"request_router_class": router},
+        max_ongoing_requests=rows + waiting,
+        max_queued_requests=rows + waiting,
+        backpressure_config={"retry_after_s": 1},
+        graceful_shutdown_timeout_s=settings.drain_timeout + 5,
+    ).bind()
 
 
 def main() -> int:
