@@ -44,9 +44,9 @@ import psutil
 import requests
 
 ROOT = Path(__file__).resolve().parent.parent
-# The end of the first process in there ends all others.
-ISOLATED = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
-ISOLATED += ["--mount-proc"]
+# The end of this process ends the first one in there, and that all others.
+ISOLATED = ["setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork"]
+ISOLATED += ["--map-root-user", "--net", "--pid", "--mount-proc"]
 URL = "http://127.0.0.1:8000"
 ROWS, CLIENTS, NEW_TOKENS, HISTORY, CONVERSATIONS = 4, 12, 48, 2000, 12
 MODEL = {"layers": 4, "hidden": 512, "heads": 8, "kv_heads": 4, "context": 4096}
@@ -66,7 +66,7 @@ def why_not() -> str:
             [*ISOLATED, "true"], check=False, capture_output=True, text=True
         )
     except FileNotFoundError:
-        return "unshare (util-linux) is not installed"
+        return "setpriv and unshare (util-linux) are not installed"
     return "" if done.returncode == 0 else f"no namespaces here: {done.stderr.strip()}"
 
 

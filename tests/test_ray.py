@@ -51,6 +51,9 @@ class Cluster:
     def ended(self) -> None:
         assert self.process.stdout.readline() == "0\n"
 
+    def serve_logs(self, of: str) -> list[Path]:
+        return [*self.logs.glob(f"ray/session_2*/logs/serve/{of}*.log")]
+
     def health(self, timeout: float) -> requests.Response:
         return requests.get(f"{self.url}/health", timeout=timeout)
 
@@ -120,8 +123,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             print((served.logs / "inside.log").read_text()[-5000:])
 
 
-def test_ready_means_that_the_model_is_loaded(cluster: Cluster) -> None:
+def test_requests_come_when_the_model_is_loaded(cluster: Cluster) -> None:
     assert (cluster.ready.status_code, cluster.ready.json()["status"]) == (200, "ok")
+
+    def first(log: str, event: str) -> str:
+        """When Ray's log has it first."""
+        text = "\n".join(path.read_text() for path in cluster.serve_logs(log))
+        return min(re.findall(rf"^\S+ ([\d-]+ [\d:,]+) .*{event}", text, re.MULTILINE))
+
+    assert first("replica", "ready: tiny on cpu") < first("proxy", "ring .* 1 replicas")
 
 
 def test_a_stream_adds_up_to_the_plain_answer(cluster: Cluster) -> None:
@@ -150,7 +160,7 @@ def test_one_request_id(cluster: Cluster, given: str | None, prompt: Any) -> Non
     # The server's own line, by the same name.
     line = f"{told} POST / {answer.status_code}"
     line += r" in=\d+ out=3 " if answer.ok else ""
-    logs = [*cluster.logs.glob("ray/session_2*/logs/serve/replica*.log")]
+    logs = cluster.serve_logs("replica")
     wait_until(lambda: any(re.search(line, log.read_text()) for log in logs))
 
 
