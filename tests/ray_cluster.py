@@ -195,14 +195,11 @@ def killed() -> dict[str, Any]:
             return "cut"
         if answer.status_code != 200:
             return str(answer.status_code)
-        if stream:
-            last = text.rstrip().rpartition("data: ")[2]
-            told = json.loads(last) if last else {}
-            if "response" not in told:
-                return "cut"
-        else:
-            told = json.loads(text)
-        return "ok" if told["response"] == expected[session] else "wrong"
+        try:  # a stream's last event is like the plain answer
+            told = json.loads(text.rstrip().rpartition("data: ")[2])["response"]
+        except (ValueError, KeyError):
+            return "cut"
+        return "ok" if told == expected[session] else "wrong"
 
     def client(number: int) -> None:
         while not over.is_set():
@@ -267,7 +264,7 @@ def second_turns(with_header: bool) -> dict[str, Any]:
         times.append(1000 * first_token("and then?", session, history))
     mean, median = statistics.mean(times), statistics.median(times)
     shown = {"mean": round(mean), "median": round(median), "most": round(max(times))}
-    return shown | {"over_twice_the_least": sum(t > 2 * min(times) for t in times)}
+    return shown | {"over_5_times_the_least": sum(t > 5 * min(times) for t in times)}
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -279,7 +276,8 @@ def measure(folder: Path) -> dict[str, Any]:
     small = ["--num-cpus=1", "--object-store-memory=80000000"]
     for where in ("--head", "--address=127.0.0.1:6379"):
         command = ["ray", "start", where, *small]
-        subprocess.run(command, cwd=ROOT, env=environment(folder), check=True, stdout=2)
+        options = {"cwd": ROOT, "env": environment(folder)}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **options)
     figures: dict[str, Any] = {}
     for replicas in (1, 2):
         started = time.monotonic()
