@@ -1116,8 +1116,8 @@ class Observe:
     """Middleware around a request: an id, a time limit for its body, and an end that
     frees its place, counts and logs it."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
+        self.app, self.sends_id = app, sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -1155,7 +1155,8 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"].append((b"x-request-id", request_id.encode()))
+                own = [(b"x-request-id", request_id.encode())]
+                message["headers"] += own if self.sends_id else []
             await send(message)
 
         try:
@@ -1178,14 +1179,17 @@ class Observe:
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application; it loads the model when its lifespan starts."""
+def create_app(settings: Settings | None = None, ray: bool = False) -> FastAPI:
+    """The application; it loads the model when its lifespan starts. `ray`: under Ray
+    Serve, which takes the end of that start for ready and sends X-Request-ID itself."""
     settings = settings or Settings()
     engine = Engine(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         running = asyncio.create_task(engine.run())
+        while ray and engine.state == "loading":
+            await asyncio.sleep(0.1)
         yield
         running.cancel()
         await engine.close()
@@ -1202,7 +1206,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings, app.state.engine = settings, engine
     app.include_router(secured)
     app.include_router(public)
-    app.add_middleware(Observe)
+    app.add_middleware(Observe, sends_id=not ray)
     if origins := settings.cors_origins.replace(",", " ").split():
         app.add_middleware(
             CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
@@ -1249,6 +1253,42 @@ def follow(settings: Settings) -> int:
     engine.manager._wake_up_loop.wait = lambda timeout: None  # process 0 sets the pace
     engine.manager._run_generation_loop()
     return 0
+
+
+def ray_app(args: dict[str, Any]) -> Any:
+    """The application of `serve run api:ray_app replicas=2 ...`, on a Ray cluster.
+
+    `args` are settings; `replicas`; `max_replicas`, up to which requests in flight add
+    more; `cpus` of each. Each has a GPU, except with demo or device=cpu. Raises
+    ValueError for a wrong one.
+    """
+    from ray import serve
+
+    least, cpus = int(args.pop("replicas", 1)), float(args.pop("cpus", 1))
+    scale = {"min_replicas": least, "max_replicas": args.pop("max_replicas", least)}
+    settings = Settings(**args)
+    settings.model = settings.model.absolute()
+    gpu = settings.device != "cpu" and not settings.demo
+    rows = settings.max_in_flight = settings.max_in_flight or (128 if gpu else 16)
+    waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * rows
+    router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+    def replica() -> FastAPI:
+        logger.parent = logging.getLogger("ray.serve")
+        logger.setLevel(settings.log_level.upper())
+        return create_app(settings, ray=True)
+
+    return serve.deployment(
+        serve.ingress(replica)(),
+        name="phi-4",
+        ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
+        autoscaling_config=scale | {"target_ongoing_requests": rows},
+        request_router_config={"request_router_class": router},
+        max_ongoing_requests=rows + waiting,
+        max_queued_requests=rows + waiting,
+        backpressure_config={"retry_after_s": 1},
+        graceful_shutdown_timeout_s=settings.drain_timeout + 5,
+    ).bind()
 
 
 def main() -> int:

@@ -43,11 +43,13 @@ NOT_RUN = {
     "torchrun ": "needs two GPUs; test_parallel.py plays them",
     "ssh ": "needs a rented machine",
     "docker run ": "needs a Docker daemon and a GPU",
+    "pip install -r requirements.txt 'ray[serve]": "the versions are compared",
 }
 # Beginnings of commands whose options are checked, because phi-4 itself is too large.
 PARSED = ("python model_download.py", "HF_ENDPOINT=", "python api.py")
 PARSED += ("python tests/benchmark.py",)  # test_benchmark.py runs it, on a tiny model
 RUN = ("curl ", "python py_api.py", "export OPENAI_BASE_URL=")
+RUN += ("ray start ", "serve run ")  # by test_ray.py
 
 
 def one_with(language: str, part: str = "") -> str:
@@ -269,6 +271,8 @@ def test_the_versions_that_are_claimed() -> None:
     for version in set(re.findall(r"torch(?:==| )(\d+\.\d+\.\d+)", README)):
         assert f"torch=={version}\n" in pinned
         assert torch.__version__.startswith(version)
+    (ray,) = set(re.findall(r"ray\[serve\]==[\d.]+", README))
+    assert f"{ray}\n" in (ROOT / "tests" / "requirements.txt").read_text()
     claimed = re.findall(r"Python (\d\.\d+)", README)
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in claimed
 
