@@ -218,13 +218,16 @@ def test_licences() -> None:
         assert path.read_text().startswith("# SPDX-License-Identifier: MIT\n"), path
 
 
-def test_the_same_torchao_is_named(tiny_folder: Path) -> None:
-    if importlib.util.find_spec("torchao"):
-        pytest.skip("torchao is installed")
+def test_the_same_torchao_is_named(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as told:
         api.preflight(api.Settings(model=tiny_folder, device="cpu", quantize="int8"))
     named = re.search(r"pip install torchao==[\d.]+", str(told.value))
     assert named and named[0] in README
+    needed = (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    assert named[0].removeprefix("pip install ") in needed
 
 
 def settings_table() -> str:
