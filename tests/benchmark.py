@@ -737,7 +737,12 @@ def draw(source: Path, target: Path) -> None:
                 *zip(*points, strict=True), line, marker="o", color=color, label=label
             )
         for x, y in points:
-            under = way == TUTORIAL or (way == SERVER and limited)
+            others = [
+                row[name]
+                for row in results["table"]
+                if row["clients"] == x and row["way"] != shown and row.get(name)
+            ]
+            under = y < max(others, default=0) or (way == SERVER and limited)
             above = 0, -16 if under else 8
             text = f"{y:.0f}" if y >= 100 else f"{y:.1f}"
             axes.annotate(
