@@ -206,6 +206,7 @@ class Way:
     pid: int = 0
     ready_seconds: float = 0.0
     dtype: str = ""  # which one `auto` was, from its log
+    gpus: int = 1  # over which torchrun splits the model
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Way"]:
@@ -213,10 +214,17 @@ class Way:
         self.port, started = free_port(), time.monotonic()
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), self.threads)
         limits = {name: str(count) for name, count in threads.items() if count}
-        command = [sys.executable, __file__, *self.command, "--port", str(self.port)]
+        command = [__file__, *self.command, "--port", str(self.port)]
+        if self.gpus > 1:
+            torchrun = "torch.distributed.run", "--nproc-per-node", str(self.gpus)
+            command = ["-m", *torchrun, *command]
         with tempfile.TemporaryFile("w+") as log:
             process = await asyncio.create_subprocess_exec(
-                *command, stdout=log, stderr=log, env=os.environ | limits
+                sys.executable,
+                *command,
+                stdout=log,
+                stderr=log,
+                env=os.environ | limits,
             )
             self.pid = process.pid
             try:
@@ -822,6 +830,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, bfloat16 or float32")
     add("--threads", type=int, default=0, help="of each server; default: torch's")
+    add("--gpus", type=int, default=1, help="of this server, through torchrun")
     add("--cold", action="store_true", help="load from disk, not from memory")
     add("--out", type=Path, default=Path("results.json"))
     add("server", nargs="*", help=argparse.SUPPRESS)
@@ -840,6 +849,7 @@ def ways_to_measure(options: argparse.Namespace) -> list[Way]:
     ]
     for way in ways:
         way.threads = options.threads
+    ways[1].gpus = options.gpus
     return ways[1:] if options.skip_tutorial else ways
 
 
