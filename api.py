@@ -133,6 +133,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
+    def waiting(self, rows: int) -> int:
+        return self.max_waiting if self.max_waiting >= 0 else 2 * rows
+
     def keys(self) -> list[bytes]:
         return self.api_key.replace(",", " ").encode().split()
 
@@ -865,10 +868,9 @@ class Engine:
         """Admit, template and submit a request: its answer grows from then on, until
         it is released. Raises HTTPException: 400, 503 or 504."""
         settings = self.settings
-        waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * self.rows
         if self.status != "ok":
             raise Unavailable(f"the server is {self.status}")
-        if len(self.pending) >= self.rows + waiting:
+        if len(self.pending) >= self.rows + settings.waiting(self.rows):
             raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
         self.pending[answer.id] = answer
         run = asyncio.get_running_loop().run_in_executor
@@ -1287,7 +1289,7 @@ def ray_app(args: dict[str, Any]) -> Any:
     settings.model = settings.model.absolute()
     gpu = settings.device != "cpu" and not settings.demo
     rows = settings.max_in_flight = settings.max_in_flight or (128 if gpu else 16)
-    waiting = settings.max_waiting if settings.max_waiting >= 0 else 2 * rows
+    most = rows + settings.waiting(rows)
     router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
     def replica() -> FastAPI:
@@ -1301,8 +1303,8 @@ def ray_app(args: dict[str, Any]) -> Any:
         ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
         autoscaling_config=scale | {"target_ongoing_requests": rows},
         request_router_config={"request_router_class": router},
-        max_ongoing_requests=rows + waiting,
-        max_queued_requests=rows + waiting,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
         backpressure_config={"retry_after_s": 1},
         graceful_shutdown_timeout_s=settings.drain_timeout + 5,
     ).bind()

@@ -331,3 +331,8 @@ def test_a_server_that_does_not_start_is_one_error_with_its_log(tmp_path: Path) 
 
     with pytest.raises(benchmark.BenchmarkError, match=r"it failed.*\n.*is no folder"):
         asyncio.run(start())
+
+
+def test_several_gpus_are_for_this_server_alone() -> None:
+    options = benchmark.parse(["--model", "folder", "--gpus", "2"])
+    assert [way.gpus for way in benchmark.ways_to_measure(options)] == [1, 2]
