@@ -52,6 +52,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import modeling_flash_attention_utils as flash
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import continuous_batching as batching
@@ -391,10 +392,10 @@ def draw(
 
 FLASH = "torch_flash_2"  # the engine decodes from pages for names like ".*flash.*2"
 PAGE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
-# Prefill steps of up to 1024 tokens are padded to one of these sizes and are CUDA
-# graphs; larger ones keep the GPU busy for longer than their launches take.
-GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
-LARGE = (8192, 4096, 2048, 1280)  # warm-up runs these to compile the layers
+# Prefill steps of up to so many tokens are CUDA graphs, one for each multiple of 64;
+# larger ones keep the GPU busy for longer than their launches take.
+GRAPHED, MULTIPLE = 2048, 64
+PLANNED = 1024  # cuDNN plans 75 ms for each new length: it gets multiples of this
 NEAR = 768  # cached tokens that one block of threads reads faster than several
 
 
@@ -407,6 +408,16 @@ def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
     if "block_table" in options:
         pages = cache.unflatten(0, (-1, PAGE))
         k, v = pages[:-1], pages[1:]
+    elif len(options["cu_seq_q"]) == 2:  # one prompt: cuDNN takes half the time
+        more = (0, 0, 0, 0, 0, -len(q) % PLANNED)
+        padded = (nn.functional.pad(x, more).transpose(0, 1)[None] for x in (q, k, v))
+        with sdpa_kernel(
+            [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], True
+        ):
+            out = nn.functional.scaled_dot_product_attention(
+                *padded, is_causal=True, scale=scale, enable_gqa=True
+            )
+        return out[0].transpose(0, 1)[: len(q)].contiguous()
     return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **options)
 
 
@@ -425,10 +436,8 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
 
     graph_key: tuple[int, ...]
 
-    def prepare_batch_tensors(
-        self, requests: list, processors: Any, *sizes: Any
-    ) -> None:
-        super().prepare_batch_tensors(requests, processors, True, *sizes[1:])
+    def prepare_batch_tensors(self, requests: list, *options: Any) -> None:
+        super().prepare_batch_tensors(requests, options[0], True, *options[2:])
 
     def _get_graph_key(self) -> tuple[int, ...]:
         return self.graph_key
@@ -445,37 +454,29 @@ class FlashRunner(Runner):
     step: tuple[Tensor, dict[str, Any]]
     least = 0  # tokens that warm-up pretends are cached
 
-    def maybe_pad_inputs(
-        self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool
-    ) -> tuple[int, int]:
-        """Round a step up to a prepared size."""
-        self.decode = use_decode_fast_path
-        if self.decode:
-            return super().maybe_pad_inputs(num_q_tokens, max_kv_read, True)
-        sizes = (*GRAPHS, -(-num_q_tokens // 64) * 64)
-        size = next(size for size in sizes if size >= num_q_tokens)
-        return min(size, self.cache.max_batch_tokens), 0
-
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         pair = self.inputs_and_outputs.io_pairs[self.inputs_and_outputs.current_pair]
         host, rows = pair.host_io, len(batch_data["logits_indices"])
-        tokens, longest = host.num_q_tokens, host.max_length_q
-        (reach,), full = host.max_length_k.values(), host.block_table.shape[-1] * PAGE
-        small = self.decode or tokens <= GRAPHS[-1]
-        self.use_cuda_graph_decode = small and self.use_cuda_graph_varlen
-        if self.decode:
-            longest, reach = 1, NEAR if max(reach, self.least) <= NEAR else full
-        elif small:
-            longest, reach = tokens, full
-        else:  # no graph that must fit other steps too
+        tokens, longest, full = host.num_q_tokens, host.max_length_q, host.block_table
+        (reach,), (past,) = host.max_length_k.values(), host.total_seqlen_k.values()
+        full, graphed = full.shape[-1] * PAGE, tokens <= GRAPHED
+        if not graphed:  # its shape need not fit other steps too
             rows = len(host.requests_in_batch)
+        elif longest > 1:
+            longest, reach = tokens, full
+        else:
+            reach = NEAR if max(reach, self.least) <= NEAR else full
+        self.use_cuda_graph_decode = graphed and self.use_cuda_graph_varlen
         self.rows, pair.device_io.graph_key = rows, (tokens, longest, rows, reach)
         # Without anything cached the new keys are enough.
-        self.paged = small or host.total_seqlen_q not in host.total_seqlen_k.values()
-        # The kernel groups the heads of a single token, but not under a causal mask.
-        self.options = {"max_q": longest, "max_k": reach}
-        self.options["window_size"] = (-1, -1 if self.decode else 0)
-        self.options["num_splits"] = None if self.decode and reach > NEAR else 1
+        self.paged = graphed or past > host.total_seqlen_q
+        self.options = {
+            "max_q": longest,
+            "max_k": reach,
+            # The kernel groups the heads of a single token, but not if it is causal.
+            "window_size": (-1, 0 if longest > 1 else -1),
+            "num_splits": 1 if longest > 1 or reach == NEAR else None,
+        }
         super().compute_batch(model, batch_data)
 
     def _forward_process_and_sample(
@@ -497,38 +498,35 @@ class FlashRunner(Runner):
         super()._forward_process_and_sample(model, batch, *io)
 
     def warmup(self, model: nn.Module) -> None:
-        """Compile the layers and capture every graph, for both sets of buffers."""
-        layers, owner = model.model.layers, self.cache.layer_to_allocator
+        """Compile the layers and capture every graph, for both sets of buffers.
+        Raises RuntimeError if a step fails."""
+        cache, layers = self.cache, model.model.layers
+        owner, most = cache.layer_to_allocator, self.cb_config.max_requests_per_batch
         views = [owner[i]._kv_token_views[i][0] for i in range(len(layers))]
         for layer, view in zip(layers, views, strict=True):
             # Equal sizes and no graph break let all layers share one compiled layer.
             layer.self_attn.kv_cache = view[: len(views[-1])]
             if can_compile():
                 layer.compile(fullgraph=True)
-        most = self.cb_config.max_requests_per_batch
-        decode = sorted({*(2**i for i in range(most.bit_length())), most}, reverse=True)
-        # The largest comes first: the compiled kernels are tuned for the first they see.
-        shapes = [(size, PAGE) for size in LARGE + GRAPHS[::-1]]
-        shapes += [(size, 0) for size in LARGE] + [(size, None) for size in decode]
-        for turn in ("compiling, capturing CUDA graphs", "capturing the other half"):
-            logger.info(turn)
-            for self.least in (NEAR + 1, 0):
-                for tokens, past in shapes if self.least else shapes[-len(decode) :]:
-                    self.prepare(model, tokens, past)
-            self.inputs_and_outputs.swap_io_pairs()
-        self.cache.reset()
-
-    def prepare(self, model: nn.Module, tokens: int, past: int | None) -> None:
-        """Run a step of so many tokens once. Raises RuntimeError if it fails."""
-        cache = self.cache
         room = min(cache.num_blocks - 1, cache.max_blocks_per_request) * PAGE
-        if past is not None and tokens > min(cache.max_batch_tokens, room - past):
-            return
-        # The search makes a single row's matmuls 7% faster, in 14 seconds.
-        with torch._inductor.config.patch(coordinate_descent_tuning=tokens == 1):
-            if not self.run_one_warmup(model, tokens, past):
-                raise RuntimeError("warm-up failed; --cache-tokens may help")
-        torch.cuda.synchronize()  # the next step has the same buffers
+        # The largest come first: the compiled kernels are tuned for the first they see.
+        decode = sorted({most, *(2**i for i in range(most.bit_length()))}, reverse=True)
+        graphs = [(NEAR + 1, n, PAGE) for n in range(GRAPHED, 0, -MULTIPLE)]
+        graphs += [(least, n, None) for least in (NEAR + 1, 0) for n in decode]
+        sizes = range(cache.max_batch_tokens, GRAPHED, -PLANNED)
+        large = [(0, n, past) for past in (PAGE, 0) for n in sizes]
+        for half, steps in enumerate((large + graphs, graphs), 1):
+            logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
+            for self.least, n, past in steps:
+                if past is not None and n > min(cache.max_batch_tokens, room - past):
+                    continue
+                # The search makes a single row's matmuls 7% faster, in 14 seconds.
+                with torch._inductor.config.patch(coordinate_descent_tuning=n == 1):
+                    if not self.run_one_warmup(model, n, past):
+                        raise RuntimeError("warm-up failed; --cache-tokens may help")
+                torch.cuda.synchronize()  # the next step has the same buffers
+            self.inputs_and_outputs.swap_io_pairs()
+        cache.reset()
 
 
 def cpu_attention(

@@ -48,7 +48,8 @@ LENGTHS = (
     1023,
 )
 LENGTHS += (1024, 1025, 1500, 2047, 2048, 2049, 3000, 4097, 6000, 7900)
-SHARED = 600  # tokens that the last four sequences begin with
+ALONE = (2100, 5000, 7600)  # asked one after the other, with nothing beside them
+SHARED = 600  # tokens that four sequences begin with
 
 
 def sequences(
@@ -62,10 +63,11 @@ def sequences(
     text = "".join(path.read_text() for path in files if path.is_file())
     tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
     result, start = {}, 0
-    for length in (n for n in LENGTHS if n + steps <= longest):
+    for length in (n for n in LENGTHS + ALONE if n + steps <= longest):
         end = length + steps
-        start = start + 997 if start + 997 + end < len(tokens) else 0
-        result[f"{length} tokens"] = (length, tokens[start : start + end])
+        start = start + 997 if start + 997 + end < len(tokens) else 500
+        name = f"{length} tokens" + ", alone" * (length in ALONE)
+        result[name] = (length, tokens[start : start + end])
     for more in (1, 50, 168, 169):
         body = tokens[5000 + more * 10 :][: more + steps]
         name = f"{SHARED} shared and {more} tokens"
@@ -116,7 +118,7 @@ def logits(model: Any, length: int, tokens: Tensor) -> Tensor:
 async def serve(
     engine: api.Engine, asked: dict[str, tuple[int, Tensor]], n: int
 ) -> int:
-    """Have all sequences served at once. Returns the number of preemptions."""
+    """Have most sequences served at once. Returns the number of preemptions."""
     done, loop = asyncio.Queue(), asyncio.get_running_loop()
     router, scheduler = engine.manager.output_router, engine.manager.batch_processor
     router.deliver_batch = lambda outs: loop.call_soon_threadsafe(done.put_nowait, outs)
@@ -129,16 +131,19 @@ async def serve(
 
     scheduler.offloading_manager.offload_requests = count
     engine.manager.start()
-    for name, (length, tokens) in asked.items():
-        ids = tokens[:length].tolist()
-        engine.manager.add_request(ids, name, n, True, eos_token_id=[-1])
-    left = set(asked)
-    while left:
-        for output in await asyncio.wait_for(done.get(), 300):
-            if output.error:
-                raise RuntimeError(output.error)
-            if output.is_finished():
-                left.discard(output.request_id)
+    alone = [name for name in asked if name.endswith("alone")]
+    for group in ([name for name in asked if name not in alone], *zip(alone)):
+        for name in group:
+            length, tokens = asked[name]
+            ids = tokens[:length].tolist()
+            engine.manager.add_request(ids, name, n, True, eos_token_id=[-1])
+        left = set(group)
+        while left:
+            for output in await asyncio.wait_for(done.get(), 300):
+                if output.error:
+                    raise RuntimeError(output.error)
+                if output.is_finished():
+                    left.discard(output.request_id)
     engine.manager.stop(True, 15)
     return len(preempted)
 

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching import (
 
 import api
 
-SMALL = {"PAGE": 16, "GRAPHS": (16, 32, 64), "LARGE": (128, 96), "NEAR": 40}
+SMALL = {"PAGE": 16, "GRAPHED": 64, "MULTIPLE": 16, "PLANNED": 32, "NEAR": 40}
 PATHS: set[tuple] = set()
 
 
@@ -139,6 +139,7 @@ def answers(
         max_batch_tokens=128,
         max_requests_per_batch=8,
         max_blocks_per_request=pages,
+        q_padding_interval_size=16,
     )
     manager = served.init_continuous_batching(greedy, config)
     manager.logit_processor.supported_keys["sampling"] = tuple
@@ -191,6 +192,13 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
         (False, True, 1),  # prefill from pages
         (False, False, 1),  # prefill of nothing cached
     } == PATHS
+    single: list[Any] = []
+    kernel = api.sdpa_kernel
+    played_gpu.setattr(
+        api, "sdpa_kernel", lambda *given: single.append(given) or kernel(*given)
+    )
+    assert answers(served, [prompts[6]]) == [mixed[6]]
+    assert len(single) == 9  # in 3 layers: two sizes of the warm-up, then the prompt
     alone = answers(served, [prompts[1], prompts[3]], sampled=(0, 1))
     assert alone == [mixed[1], mixed[3]]  # the seed's answers, whatever else is there
     # A context that is as long as the largest step leaves no room for cached tokens.
