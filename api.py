@@ -572,27 +572,12 @@ def pick_attention(device: torch.device) -> str:
     return FLASH
 
 
-# What each GPU holds of a layer. The library's own plan computes attention in full on
-# all of them, each with the whole cache.
-PLAN = {"self_attn.qkv_proj": "colwise", "self_attn.o_proj": "rowwise"}
-PLAN |= {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
-PLAN = {f"model.layers.*.{name}": style for name, style in PLAN.items()}
-
-
-def split_heads(model: nn.Module) -> None:
-    """Leave this GPU its heads, in place of its rows of the packed projection."""
-    config = model.config
-    heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
-    if heads[1] % GPUS:
-        raise ValueError(f"{heads[1]} key-value heads do not divide by {GPUS} GPUs")
-    for layer in model.model.layers:
-        each, dim = layer.self_attn, layer.self_attn.head_dim
-        parts = each.qkv_proj.weight.full_tensor().split([n * dim for n in heads])
-        mine = torch.cat([part.chunk(GPUS)[RANK] for part in parts])
-        each.qkv_proj.weight = nn.Parameter(mine, requires_grad=False)
-        each.num_key_value_heads //= GPUS
-    config.head_dim, config.num_attention_heads = dim, heads[0] // GPUS
-    config.num_key_value_heads //= GPUS
+# Several GPUs share the model as the library plans it: attention is computed on each in
+# full, with the whole cache. Its plan would also gather the widest activations.
+PLAN = {
+    "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
 
 
 # ------------------------------------------------------------------------------
@@ -705,17 +690,18 @@ def preflight(settings: Settings) -> torch.device:
     return device
 
 
-def quantization(kind: str) -> transformers.TorchAoConfig:
+def quantization(kind: str) -> transformers.TorchAoConfig | None:
     """How to store the weights of linear layers: in int8, or in int4 with a scale for
     each 64 of them. The matrices are multiplied in the ordinary type."""
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    if kind == "none":
+        return None
+    from torchao import quantization as ao
 
-    if kind == "int8":  # its own settings of the compiler search for minutes
-        return transformers.TorchAoConfig(
-            Int8WeightOnlyConfig(set_inductor_config=False)
-        )
-    packing = {"group_size": 64, "int4_packing_format": "tile_packed_to_4d"}
-    return transformers.TorchAoConfig(Int4WeightOnlyConfig(**packing))
+    # Its own settings of the compiler search for minutes.
+    stored = ao.Int8WeightOnlyConfig(set_inductor_config=False)
+    if kind == "int4":
+        stored = ao.Int4WeightOnlyConfig(64, int4_packing_format="tile_packed_to_4d")
+    return transformers.TorchAoConfig(stored)
 
 
 class Engine:
@@ -744,17 +730,15 @@ class Engine:
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        where = {"device_map": device, "attn_implementation": pick_attention(device)}
-        if settings.quantize != "none":
-            where["quantization_config"] = quantization(settings.quantize)
-        if GPUS > 1:
-            os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
-            split = {"tp_size": GPUS, "tp_plan": PLAN}
-            where |= {"device_map": None, "distributed_config": split}
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(folder, dtype=dtype, **where)
-        if GPUS > 1:
-            split_heads(model)
+        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=pick_attention(device),
+            device_map=device if GPUS == 1 else None,
+            distributed_config={"tp_plan": PLAN},  # for as many as torchrun started
+            quantization_config=quantization(settings.quantize),
+        )
         # Early copies of phi-4 name the wrong end token in their config.
         own, vocabulary = (
             model.generation_config.eos_token_id,
