@@ -133,8 +133,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
-    def waiting(self, rows: int) -> int:
-        return self.max_waiting if self.max_waiting >= 0 else 2 * rows
+    def places(self, gpu: bool) -> tuple[int, int]:
+        """How many requests may be in flight, and how many with those that wait."""
+        rows = self.max_in_flight or (128 if gpu else 16)
+        return rows, rows + (self.max_waiting if self.max_waiting >= 0 else 2 * rows)
 
     def keys(self) -> list[bytes]:
         return self.api_key.replace(",", " ").encode().split()
@@ -720,7 +722,9 @@ class Engine:
         self.tokenizing = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
 
     def load(self) -> None:
-        """Load the model and warm it up; takes seconds to minutes."""
+        """Load the model and warm it up; takes seconds to minutes. A thread that ends
+        after this takes its OpenMP threads along: as long as others exist, those of the
+        generation thread sleep at every barrier."""
         settings, started = self.settings, time.monotonic()
         self.device = device = preflight(settings)
         gpu = device.type == "cuda"
@@ -751,8 +755,8 @@ class Engine:
         self.vocabulary = model.config.vocab_size
         if len(self.token_bytes) > self.vocabulary:
             raise ValueError("the tokenizer has more tokens than the model")
-        rows, page, cache, batch = (128, PAGE, 0, 8192) if gpu else (16, 16, 16384, 256)
-        self.rows = settings.max_in_flight or rows
+        page, cache, batch = (PAGE, 0, 8192) if gpu else (16, 16384, 256)
+        self.rows, self.most = settings.places(gpu)
         self.capacity = model.config.max_position_embeddings
         config = transformers.ContinuousBatchingConfig(
             page_size=page,
@@ -785,10 +789,8 @@ class Engine:
         loop, settings = asyncio.get_running_loop(), self.settings
         late = f"not finished after {settings.request_timeout:g} seconds"
         try:
-            # A thread that ends takes its OpenMP threads along: as long as others
-            # exist, those of the generation thread sleep at every barrier.
-            with ThreadPoolExecutor(1) as loading:
-                await loop.run_in_executor(loading, self.load)
+            if self.manager is None:
+                await loop.run_in_executor(ThreadPoolExecutor(1), self.load)
             router = self.manager.output_router
             router.deliver_batch = partial(loop.call_soon_threadsafe, self.receive)
             router.deliver = lambda output: router.deliver_batch([output])
@@ -854,7 +856,7 @@ class Engine:
         settings = self.settings
         if self.status != "ok":
             raise Unavailable(f"the server is {self.status}")
-        if len(self.pending) >= self.rows + settings.waiting(self.rows):
+        if len(self.pending) >= self.most:
             raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
         self.pending[answer.id] = answer
         run = asyncio.get_running_loop().run_in_executor
@@ -1182,17 +1184,15 @@ class Observe:
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
-def create_app(settings: Settings | None = None, ray: bool = False) -> FastAPI:
-    """The application; it loads the model when its lifespan starts. `ray`: under Ray
-    Serve, which takes the end of that start for ready and sends X-Request-ID itself."""
+def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastAPI:
+    """The application; when its lifespan starts it loads the model, if nobody has."""
     settings = settings or Settings()
+    logger.setLevel(settings.log_level.upper())
     engine = Engine(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         running = asyncio.create_task(engine.run())
-        while ray and engine.state == "loading":
-            await asyncio.sleep(0.1)
         yield
         running.cancel()
         await engine.close()
@@ -1209,7 +1209,7 @@ def create_app(settings: Settings | None = None, ray: bool = False) -> FastAPI:
     app.state.settings, app.state.engine = settings, engine
     app.include_router(secured)
     app.include_router(public)
-    app.add_middleware(Observe, sends_id=not ray)
+    app.add_middleware(Observe, sends_id=sends_id)
     if origins := settings.cors_origins.replace(",", " ").split():
         app.add_middleware(
             CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
@@ -1267,23 +1267,23 @@ def ray_app(args: dict[str, Any]) -> Any:
     """
     from ray import serve
 
-    least, cpus = int(args.pop("replicas", 1)), float(args.pop("cpus", 1))
+    cpus, least = float(args.pop("cpus", 1)), args.pop("replicas", 1)
     scale = {"min_replicas": least, "max_replicas": args.pop("max_replicas", least)}
     settings = Settings(**args)
     settings.model = settings.model.absolute()
     gpu = settings.device != "cpu" and not settings.demo
-    rows = settings.max_in_flight = settings.max_in_flight or (128 if gpu else 16)
-    most = rows + settings.waiting(rows)
+    rows, most = settings.places(gpu)
     router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
     def replica() -> FastAPI:
         logger.parent = logging.getLogger("ray.serve")
-        logger.setLevel(settings.log_level.upper())
-        return create_app(settings, ray=True)
+        app = create_app(settings, sends_id=False)  # Ray sends it
+        # Ray takes the end of this function for ready.
+        ThreadPoolExecutor(1).submit(app.state.engine.load).result()
+        return app
 
     return serve.deployment(
         serve.ingress(replica)(),
-        name="phi-4",
         ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
         autoscaling_config=scale | {"target_ongoing_requests": rows},
         request_router_config={"request_router_class": router},
@@ -1299,7 +1299,6 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = Settings(_cli_parse_args=True)
-        logger.setLevel(settings.log_level.upper())
         preflight(settings)
         if RANK:
             return follow(settings)
@@ -1314,14 +1313,14 @@ def main() -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
+    options = {"log_config": None, "http": "h11", "timeout_graceful_shutdown": 5}
+    server = Server(uvicorn.Config(create_app(settings), **options))
     if settings.demo:
         logger.warning(DEMO_NOTE)
     if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    options = {"log_config": None, "http": "h11", "access_log": False}
-    options["timeout_graceful_shutdown"] = 5
-    Server(uvicorn.Config(create_app(settings), **options)).run([listener])
+    server.run([listener])
     return 0
 
 
