@@ -661,9 +661,8 @@ def preflight(settings: Settings) -> torch.device:
     """The device. Raises ValueError for what can be known before loading."""
     folder, cuda = settings.model, torch.cuda
     if not settings.demo and (missing := model_download.missing_files(folder)):
-        lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
         hint = "python model_download.py downloads phi-4, --demo needs no download"
-        raise ValueError(f"{folder} {lacks}: {hint}")
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: {hint}")
     size = {"none": 1.0, "int8": 0.55, "int4": 0.35}[settings.quantize]
     if size < 1 and GPUS > 1:
         raise ValueError("--quantize works on one GPU, not under torchrun")
@@ -711,7 +710,7 @@ class Engine:
 
     manager: Any = None
     device: torch.device | None = None
-    rows = 0  # requests in flight at most
+    exit = staticmethod(os._exit)  # a thread may hang: there is no ordinary way out
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.created = settings, int(time.time())
@@ -744,27 +743,23 @@ class Engine:
             quantization_config=quantization(settings.quantize),
         )
         # Early copies of phi-4 name the wrong end token in their config.
-        own, vocabulary = (
-            model.generation_config.eos_token_id,
-            self.tokenizer.get_vocab(),
-        )
-        ends = {vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>")}
-        ends.update(own if isinstance(own, list) else [own])
+        own = model.generation_config.eos_token_id
+        ends = {*own} if isinstance(own, list) else {own}
+        ends |= {*map(self.tokenizer.get_vocab().get, ("<|im_end|>", "<|endoftext|>"))}
         self.end_tokens = sorted(ends - {None})
         self.token_bytes = bytes_of_tokens(self.tokenizer, self.end_tokens)
-        self.vocabulary = model.config.vocab_size
-        if len(self.token_bytes) > self.vocabulary:
+        if len(self.token_bytes) > model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model")
         page, cache, batch = (PAGE, 0, 8192) if gpu else (16, 16384, 256)
         self.rows, self.most = settings.places(gpu)
-        self.capacity = model.config.max_position_embeddings
+        context = model.config.max_position_embeddings
         config = transformers.ContinuousBatchingConfig(
             page_size=page,
             # None: what is left of the GPU
             num_blocks=-(-(settings.cache_tokens or cache) // page) or None,
             max_batch_tokens=settings.batch_tokens or batch,
             max_requests_per_batch=self.rows,
-            max_blocks_per_request=-(-self.capacity // page) if gpu else 0,
+            max_blocks_per_request=-(-context // page) if gpu else 0,
             allow_block_sharing=settings.prefix_sharing,
             auto_switch_to_flash=False,
         )
@@ -773,7 +768,7 @@ class Engine:
         self.manager.logit_processor.supported_keys["sampling"] = tuple
         self.manager.warmup()
         self.cache = self.manager.batch_processor.cache
-        self.capacity = min(self.capacity, self.cache.num_blocks * page)
+        self.capacity = min(context, self.cache.num_blocks * page)
         gc.freeze()  # or each full collection stops everyone for half a second
         logger.info("loaded in %.1f s", time.monotonic() - started)
 
@@ -795,15 +790,18 @@ class Engine:
             router.deliver_batch = partial(loop.call_soon_threadsafe, self.receive)
             router.deliver = lambda output: router.deliver_batch([output])
             self.manager.start()
-            self.state = "ok" if self.state == "loading" else self.state
+            self.state = "ok"
             logger.info("ready: %s on %s", self.name, self.device)
             batch, moved = -1, time.monotonic()
             while True:
                 await asyncio.sleep(0.1)
                 self.release_all(HTTPException(504, late), settings.request_timeout)
-                if not self.alive():
+                # Work of clients who have given up counts, too.
+                busy = self.manager.batch_processor.has_pending_requests()
+                busy = busy or not self.manager.input_queue.empty()
+                if self.status == "down":
                     await self.revive()
-                elif batch != self.manager.current_batch or not self.busy():
+                elif batch != self.manager.current_batch or not busy:
                     batch, moved = self.manager.current_batch, time.monotonic()
                 elif time.monotonic() - moved > settings.stall_timeout:
                     raise TimeoutError("no forward pass in --stall-timeout seconds")
@@ -825,24 +823,14 @@ class Engine:
         await asyncio.to_thread(self.manager.join, time.perf_counter())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
         self.manager.start()
-
-    def alive(self) -> bool:
-        status = self.manager.background_thread_status
-        return self.manager.is_running() and status.can_accept_new_requests() is None
-
-    def busy(self) -> bool:
-        """Whether the thread has work, also that of clients who have given up."""
-        waiting = not self.manager.input_queue.empty()
-        return waiting or self.manager.batch_processor.has_pending_requests()
 
     @property
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
-        return "down" if self.state == "ok" and not self.alive() else self.state
-
-    def exit(self, code: int) -> None:
-        os._exit(code)  # a thread may hang: there is no ordinary way out
+        if self.state != "ok":
+            return self.state
+        stopped = self.manager.background_thread_status.can_accept_new_requests()
+        return "down" if stopped else "ok"
 
     async def close(self) -> None:
         self.state = "draining"
@@ -853,7 +841,6 @@ class Engine:
     async def submit(self, body: ChatRequest | OpenAIRequest, answer: Answer) -> None:
         """Admit, template and submit a request: its answer grows from then on, until
         it is released. Raises HTTPException: 400, 503 or 504."""
-        settings = self.settings
         if self.status != "ok":
             raise Unavailable(f"the server is {self.status}")
         if len(self.pending) >= self.most:
@@ -861,11 +848,11 @@ class Engine:
         self.pending[answer.id] = answer
         run = asyncio.get_running_loop().run_in_executor
         tokens = await run(self.tokenizing, self.template, body.turns())
-        if not 0 <= min(tokens, default=-1) <= max(tokens) < self.vocabulary:
+        if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens
         room = self.capacity - len(tokens)
-        limit = min(wanted or settings.max_new_tokens, room)
+        limit = min(wanted or self.settings.max_new_tokens, room)
         if limit < (wanted or 1):
             need = f"{len(tokens)} prompt tokens and {wanted or 'any'} new ones"
             raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
@@ -1093,8 +1080,7 @@ async def metrics(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     IN_FLIGHT.set(min(len(engine.pending), engine.rows))
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
-    if engine.rows:
-        CACHE.set(1 - engine.cache.compute_free_capacity())
+    CACHE.set(1 - engine.cache.compute_free_capacity())
     figures, kind = prometheus.generate_latest(), prometheus.CONTENT_TYPE_LATEST
     return Response(figures, media_type=kind)
 
@@ -1234,11 +1220,8 @@ class Server(uvicorn.Server):
             os._exit(128 + sig if engine.state == "draining" else 0)
         engine.state = "draining"
         logger.info("leaving: %d requests to finish", len(engine.pending))
-        late, patience = (
-            Unavailable("the server is leaving"),
-            engine.settings.drain_timeout,
-        )
-        asyncio.get_running_loop().call_later(patience, engine.release_all, late)
+        late = partial(engine.release_all, Unavailable("the server is leaving"))
+        asyncio.get_running_loop().call_later(engine.settings.drain_timeout, late)
 
     async def on_tick(self, counter: int) -> bool:
         engine: Engine = self.config.app.state.engine
