@@ -587,11 +587,8 @@ PLAN = {
 # ------------------------------------------------------------------------------
 
 
-class Unavailable(HTTPException):
-    """503: loading, full, restarting or leaving. Trying again helps."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(503, why, {"Retry-After": "1"})
+# Loading, full, restarting or leaving: trying again helps.
+Unavailable = partial(HTTPException, 503, headers={"Retry-After": "1"})
 
 
 class Answer:
@@ -721,10 +718,10 @@ class Engine:
         self.tokenizing = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
 
     def load(self) -> None:
-        """Load the model and warm it up; takes seconds to minutes. A thread that ends
-        after this takes its OpenMP threads along: as long as others exist, those of the
-        generation thread sleep at every barrier."""
-        settings, started = self.settings, time.monotonic()
+        """Load the model and warm it up; takes seconds to minutes. To be called in a
+        thread that ends then and takes its OpenMP threads along: as long as they exist,
+        those of the generation thread sleep at every barrier."""
+        settings = self.settings
         self.device = device = preflight(settings)
         gpu = device.type == "cuda"
         # Processors that multiply bfloat16 are faster with it, others far slower.
@@ -770,7 +767,6 @@ class Engine:
         self.cache = self.manager.batch_processor.cache
         self.capacity = min(context, self.cache.num_blocks * page)
         gc.freeze()  # or each full collection stops everyone for half a second
-        logger.info("loaded in %.1f s", time.monotonic() - started)
 
     def template(self, turns: list[Turn]) -> list[int]:
         """Token ids of a conversation. Control tokens inside a message stay text."""
@@ -851,8 +847,7 @@ class Engine:
         if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens
-        room = self.capacity - len(tokens)
-        limit = min(wanted or self.settings.max_new_tokens, room)
+        limit = min(wanted or self.settings.max_new_tokens, self.capacity - len(tokens))
         if limit < (wanted or 1):
             need = f"{len(tokens)} prompt tokens and {wanted or 'any'} new ones"
             raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
@@ -1286,8 +1281,7 @@ def main() -> int:
         if RANK:
             return follow(settings)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        address = settings.host, settings.port
-        listener = socket.create_server(address, family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family)
     except ValidationError as error:
         for e in error.errors():
             option = str(e["loc"][0]).replace("_", "-")
