@@ -658,8 +658,9 @@ def preflight(settings: Settings) -> torch.device:
     """The device. Raises ValueError for what can be known before loading."""
     folder, cuda = settings.model, torch.cuda
     if not settings.demo and (missing := model_download.missing_files(folder)):
+        lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
         hint = "python model_download.py downloads phi-4, --demo needs no download"
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: {hint}")
+        raise ValueError(f"{folder} {lacks}: {hint}")
     size = {"none": 1.0, "int8": 0.55, "int4": 0.35}[settings.quantize]
     if size < 1 and GPUS > 1:
         raise ValueError("--quantize works on one GPU, not under torchrun")
