@@ -134,8 +134,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
-    def waiting(self, rows: int) -> int:
-        return self.max_waiting if self.max_waiting >= 0 else 2 * rows
+    def places(self, gpu: bool) -> tuple[int, int]:
+        """How many requests may be in flight, and how many with those that wait."""
+        rows = self.max_in_flight or (128 if gpu else 16)
+        return rows, rows + (self.max_waiting if self.max_waiting >= 0 else 2 * rows)
 
     def keys(self) -> list[bytes]:
         return self.api_key.replace(",", " ").encode().split()
@@ -570,27 +572,12 @@ def pick_attention(device: torch.device) -> str:
     return FLASH
 
 
-# What each GPU holds of a layer. The library's own plan computes attention in full on
-# all of them, each with the whole cache.
-PLAN = {"self_attn.qkv_proj": "colwise", "self_attn.o_proj": "rowwise"}
-PLAN |= {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
-PLAN = {f"model.layers.*.{name}": style for name, style in PLAN.items()}
-
-
-def split_heads(model: nn.Module) -> None:
-    """Leave this GPU its heads, in place of its rows of the packed projection."""
-    config = model.config
-    heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
-    if heads[1] % GPUS:
-        raise ValueError(f"{heads[1]} key-value heads do not divide by {GPUS} GPUs")
-    for layer in model.model.layers:
-        each, dim = layer.self_attn, layer.self_attn.head_dim
-        parts = each.qkv_proj.weight.full_tensor().split([n * dim for n in heads])
-        mine = torch.cat([part.chunk(GPUS)[RANK] for part in parts])
-        each.qkv_proj.weight = nn.Parameter(mine, requires_grad=False)
-        each.num_key_value_heads //= GPUS
-    config.head_dim, config.num_attention_heads = dim, heads[0] // GPUS
-    config.num_key_value_heads //= GPUS
+# Several GPUs share the model as the library plans it: attention is computed on each in
+# full, with the whole cache. Its plan would also gather the widest activations.
+PLAN = {
+    "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
 
 
 # ------------------------------------------------------------------------------
@@ -598,11 +585,8 @@ def split_heads(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------
 
 
-class Unavailable(HTTPException):
-    """503: loading, full, restarting or leaving. Trying again helps."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(503, why, {"Retry-After": "1"})
+# Loading, full, restarting or leaving: trying again helps.
+Unavailable = partial(HTTPException, 503, headers={"Retry-After": "1"})
 
 
 class Answer:
@@ -703,17 +687,18 @@ def preflight(settings: Settings) -> torch.device:
     return device
 
 
-def quantization(kind: str) -> transformers.TorchAoConfig:
+def quantization(kind: str) -> transformers.TorchAoConfig | None:
     """How to store the weights of linear layers: in int8, or in int4 with a scale for
     each 64 of them. The matrices are multiplied in the ordinary type."""
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    if kind == "none":
+        return None
+    from torchao import quantization as ao
 
-    if kind == "int8":  # its own settings of the compiler search for minutes
-        return transformers.TorchAoConfig(
-            Int8WeightOnlyConfig(set_inductor_config=False)
-        )
-    packing = {"group_size": 64, "int4_packing_format": "tile_packed_to_4d"}
-    return transformers.TorchAoConfig(Int4WeightOnlyConfig(**packing))
+    # Its own settings of the compiler search for minutes.
+    stored = ao.Int8WeightOnlyConfig(set_inductor_config=False)
+    if kind == "int4":
+        stored = ao.Int4WeightOnlyConfig(64, int4_packing_format="tile_packed_to_4d")
+    return transformers.TorchAoConfig(stored)
 
 
 class Engine:
@@ -721,7 +706,7 @@ class Engine:
 
     manager: Any = None
     device: torch.device | None = None
-    rows = 0  # requests in flight at most
+    exit = staticmethod(os._exit)  # a thread may hang: there is no ordinary way out
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.created = settings, int(time.time())
@@ -732,8 +717,10 @@ class Engine:
         self.tokenizing = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
 
     def load(self) -> None:
-        """Load the model and warm it up; takes seconds to minutes."""
-        settings, started = self.settings, time.monotonic()
+        """Load the model and warm it up; takes seconds to minutes. To be called in a
+        thread that ends then and takes its OpenMP threads along: as long as they exist,
+        those of the generation thread sleep at every barrier."""
+        settings = self.settings
         self.device = device = preflight(settings)
         gpu = device.type == "cuda"
         # Processors that multiply bfloat16 are faster with it, others far slower.
@@ -742,39 +729,33 @@ class Engine:
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        where = {"device_map": device, "attn_implementation": pick_attention(device)}
-        if settings.quantize != "none":
-            where["quantization_config"] = quantization(settings.quantize)
-        if GPUS > 1:
-            os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
-            split = {"tp_size": GPUS, "tp_plan": PLAN}
-            where |= {"device_map": None, "distributed_config": split}
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(folder, dtype=dtype, **where)
-        if GPUS > 1:
-            split_heads(model)
-        # Early copies of phi-4 name the wrong end token in their config.
-        own, vocabulary = (
-            model.generation_config.eos_token_id,
-            self.tokenizer.get_vocab(),
+        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=pick_attention(device),
+            device_map=device if GPUS == 1 else None,
+            distributed_config={"tp_plan": PLAN},  # for as many as torchrun started
+            quantization_config=quantization(settings.quantize),
         )
-        ends = {vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>")}
-        ends.update(own if isinstance(own, list) else [own])
+        # Early copies of phi-4 name the wrong end token in their config.
+        own = model.generation_config.eos_token_id
+        ends = {*own} if isinstance(own, list) else {own}
+        ends |= {*map(self.tokenizer.get_vocab().get, ("<|im_end|>", "<|endoftext|>"))}
         self.end_tokens = sorted(ends - {None})
         self.token_bytes = bytes_of_tokens(self.tokenizer, self.end_tokens)
-        self.vocabulary = model.config.vocab_size
-        if len(self.token_bytes) > self.vocabulary:
+        if len(self.token_bytes) > model.config.vocab_size:
             raise ValueError("the tokenizer has more tokens than the model")
-        rows, page, cache, batch = (128, PAGE, 0, 8192) if gpu else (16, 16, 16384, 256)
-        self.rows = settings.max_in_flight or rows
-        self.capacity = model.config.max_position_embeddings
+        page, cache, batch = (PAGE, 0, 8192) if gpu else (16, 16384, 256)
+        self.rows, self.most = settings.places(gpu)
+        context = model.config.max_position_embeddings
         config = transformers.ContinuousBatchingConfig(
             page_size=page,
             # None: what is left of the GPU
             num_blocks=-(-(settings.cache_tokens or cache) // page) or None,
             max_batch_tokens=settings.batch_tokens or batch,
             max_requests_per_batch=self.rows,
-            max_blocks_per_request=-(-self.capacity // page) if gpu else 0,
+            max_blocks_per_request=-(-context // page) if gpu else 0,
             allow_block_sharing=settings.prefix_sharing,
             auto_switch_to_flash=False,
         )
@@ -783,9 +764,8 @@ class Engine:
         self.manager.logit_processor.supported_keys["sampling"] = tuple
         self.manager.warmup()
         self.cache = self.manager.batch_processor.cache
-        self.capacity = min(self.capacity, self.cache.num_blocks * page)
+        self.capacity = min(context, self.cache.num_blocks * page)
         gc.freeze()  # or each full collection stops everyone for half a second
-        logger.info("loaded in %.1f s", time.monotonic() - started)
 
     def template(self, turns: list[Turn]) -> list[int]:
         """Token ids of a conversation. Control tokens inside a message stay text."""
@@ -799,23 +779,24 @@ class Engine:
         loop, settings = asyncio.get_running_loop(), self.settings
         late = f"not finished after {settings.request_timeout:g} seconds"
         try:
-            # A thread that ends takes its OpenMP threads along: as long as others
-            # exist, those of the generation thread sleep at every barrier.
-            with ThreadPoolExecutor(1) as loading:
-                await loop.run_in_executor(loading, self.load)
+            if self.manager is None:
+                await loop.run_in_executor(ThreadPoolExecutor(1), self.load)
             router = self.manager.output_router
             router.deliver_batch = partial(loop.call_soon_threadsafe, self.receive)
             router.deliver = lambda output: router.deliver_batch([output])
             self.manager.start()
-            self.state = "ok" if self.state == "loading" else self.state
+            self.state = "ok"
             logger.info("ready: %s on %s", self.name, self.device)
             batch, moved = -1, time.monotonic()
             while True:
                 await asyncio.sleep(0.1)
                 self.release_all(HTTPException(504, late), settings.request_timeout)
-                if not self.alive():
+                # Work of clients who have given up counts, too.
+                busy = self.manager.batch_processor.has_pending_requests()
+                busy = busy or not self.manager.input_queue.empty()
+                if self.status == "down":
                     await self.revive()
-                elif batch != self.manager.current_batch or not self.busy():
+                elif batch != self.manager.current_batch or not busy:
                     batch, moved = self.manager.current_batch, time.monotonic()
                 elif time.monotonic() - moved > settings.stall_timeout:
                     raise TimeoutError("no forward pass in --stall-timeout seconds")
@@ -837,24 +818,14 @@ class Engine:
         await asyncio.to_thread(self.manager.join, time.perf_counter())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
         self.manager.start()
-
-    def alive(self) -> bool:
-        status = self.manager.background_thread_status
-        return self.manager.is_running() and status.can_accept_new_requests() is None
-
-    def busy(self) -> bool:
-        """Whether the thread has work, also that of clients who have given up."""
-        waiting = not self.manager.input_queue.empty()
-        return waiting or self.manager.batch_processor.has_pending_requests()
 
     @property
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
-        return "down" if self.state == "ok" and not self.alive() else self.state
-
-    def exit(self, code: int) -> None:
-        os._exit(code)  # a thread may hang: there is no ordinary way out
+        if self.state != "ok":
+            return self.state
+        stopped = self.manager.background_thread_status.can_accept_new_requests()
+        return "down" if stopped else "ok"
 
     async def close(self) -> None:
         self.state = "draining"
@@ -865,19 +836,17 @@ class Engine:
     async def submit(self, body: ChatRequest | OpenAIRequest, answer: Answer) -> None:
         """Admit, template and submit a request: its answer grows from then on, until
         it is released. Raises HTTPException: 400, 503 or 504."""
-        settings = self.settings
         if self.status != "ok":
             raise Unavailable(f"the server is {self.status}")
-        if len(self.pending) >= self.rows + settings.waiting(self.rows):
+        if len(self.pending) >= self.most:
             raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
         self.pending[answer.id] = answer
         run = asyncio.get_running_loop().run_in_executor
         tokens = await run(self.tokenizing, self.template, body.turns())
-        if not 0 <= min(tokens, default=-1) <= max(tokens) < self.vocabulary:
+        if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens
-        room = self.capacity - len(tokens)
-        limit = min(wanted or settings.max_new_tokens, room)
+        limit = min(wanted or self.settings.max_new_tokens, self.capacity - len(tokens))
         if limit < (wanted or 1):
             need = f"{len(tokens)} prompt tokens and {wanted or 'any'} new ones"
             raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
@@ -1105,8 +1074,7 @@ async def metrics(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     IN_FLIGHT.set(min(len(engine.pending), engine.rows))
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
-    if engine.rows:
-        CACHE.set(1 - engine.cache.compute_free_capacity())
+    CACHE.set(1 - engine.cache.compute_free_capacity())
     figures, kind = prometheus.generate_latest(), prometheus.CONTENT_TYPE_LATEST
     return Response(figures, media_type=kind)
 
@@ -1196,17 +1164,15 @@ class Observe:
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
-def create_app(settings: Settings | None = None, ray: bool = False) -> FastAPI:
-    """The application; it loads the model when its lifespan starts. `ray`: under Ray
-    Serve, which takes the end of that start for ready and sends X-Request-ID itself."""
+def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastAPI:
+    """The application; when its lifespan starts it loads the model, if nobody has."""
     settings = settings or Settings()
+    logger.setLevel(settings.log_level.upper())
     engine = Engine(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         running = asyncio.create_task(engine.run())
-        while ray and engine.state == "loading":
-            await asyncio.sleep(0.1)
         yield
         running.cancel()
         await engine.close()
@@ -1223,7 +1189,7 @@ def create_app(settings: Settings | None = None, ray: bool = False) -> FastAPI:
     app.state.settings, app.state.engine = settings, engine
     app.include_router(secured)
     app.include_router(public)
-    app.add_middleware(Observe, sends_id=not ray)
+    app.add_middleware(Observe, sends_id=sends_id)
     if origins := settings.cors_origins.replace(",", " ").split():
         app.add_middleware(
             CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
@@ -1248,11 +1214,8 @@ class Server(uvicorn.Server):
             os._exit(128 + sig if engine.state == "draining" else 0)
         engine.state = "draining"
         logger.info("leaving: %d requests to finish", len(engine.pending))
-        late, patience = (
-            Unavailable("the server is leaving"),
-            engine.settings.drain_timeout,
-        )
-        asyncio.get_running_loop().call_later(patience, engine.release_all, late)
+        late = partial(engine.release_all, Unavailable("the server is leaving"))
+        asyncio.get_running_loop().call_later(engine.settings.drain_timeout, late)
 
     async def on_tick(self, counter: int) -> bool:
         engine: Engine = self.config.app.state.engine
@@ -1281,23 +1244,23 @@ def ray_app(args: dict[str, Any]) -> Any:
     """
     from ray import serve
 
-    least, cpus = int(args.pop("replicas", 1)), float(args.pop("cpus", 1))
+    cpus, least = float(args.pop("cpus", 1)), args.pop("replicas", 1)
     scale = {"min_replicas": least, "max_replicas": args.pop("max_replicas", least)}
     settings = Settings(**args)
     settings.model = settings.model.absolute()
     gpu = settings.device != "cpu" and not settings.demo
-    rows = settings.max_in_flight = settings.max_in_flight or (128 if gpu else 16)
-    most = rows + settings.waiting(rows)
+    rows, most = settings.places(gpu)
     router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
     def replica() -> FastAPI:
         logger.parent = logging.getLogger("ray.serve")
-        logger.setLevel(settings.log_level.upper())
-        return create_app(settings, ray=True)
+        app = create_app(settings, sends_id=False)  # Ray sends it
+        # Ray takes the end of this function for ready.
+        ThreadPoolExecutor(1).submit(app.state.engine.load).result()
+        return app
 
     return serve.deployment(
         serve.ingress(replica)(),
-        name="phi-4",
         ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
         autoscaling_config=scale | {"target_ongoing_requests": rows},
         request_router_config={"request_router_class": router},
@@ -1313,13 +1276,11 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = Settings(_cli_parse_args=True)
-        logger.setLevel(settings.log_level.upper())
         preflight(settings)
         if RANK:
             return follow(settings)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        address = settings.host, settings.port
-        listener = socket.create_server(address, family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family)
     except ValidationError as error:
         for e in error.errors():
             option = str(e["loc"][0]).replace("_", "-")
@@ -1328,14 +1289,14 @@ def main() -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
+    options = {"log_config": None, "http": "h11", "timeout_graceful_shutdown": 5}
+    server = Server(uvicorn.Config(create_app(settings), **options))
     if settings.demo:
         logger.warning(DEMO_NOTE)
     if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    options = {"log_config": None, "http": "h11", "access_log": False}
-    options["timeout_graceful_shutdown"] = 5
-    Server(uvicorn.Config(create_app(settings), **options)).run([listener])
+    server.run([listener])
     return 0
 
 

@@ -13,7 +13,6 @@ import psutil
 import pytest
 import requests
 import tiny
-import transformers
 from conftest import DEADLINE, running, spawned, wait_until
 
 import api
@@ -29,9 +28,9 @@ BODIES += [{**BODIES[2], "temperature": 1.0, "top_p": 0.9, "seed": n} for n in (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with phi-4's numbers of heads."""
+    """A tiny model with heads that two GPUs could not share out evenly."""
     path = tmp_path_factory.mktemp("models") / "split"
-    shape = {"hidden": 160, "heads": 40, "kv_heads": 10}
+    shape = {"hidden": 160, "heads": 40, "kv_heads": 5}
     tiny.tiny_model(path, context=16384, eos="never", **shape)
     return path
 
@@ -144,15 +143,6 @@ def test_a_process_that_dies_takes_the_other_along(folder: Path, number: int) ->
             assert b"history" not in b"".join(pieces)
         assert server.wait(DEADLINE) == 1
         assert gone(server)
-
-
-def test_heads_that_cannot_be_split(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    monkeypatch.setattr(api, "GPUS", 4)
-    with pytest.raises(ValueError, match="10 key-value heads do not divide by 4 GPUs"):
-        api.split_heads(model)
 
 
 def test_a_failure_is_not_mended_on_one_gpu_alone(
