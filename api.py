@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """Fewer bits for the weights, with the package torchao: for cards under 32 GB."""
+    """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer, in tokens, for requests that do not say."""
     max_in_flight: int = Field(0, ge=0, le=1024)
@@ -551,15 +551,15 @@ def can_compile() -> bool:
     return compiler and header and importlib.util.find_spec("triton") is not None
 
 
-def pick_attention(device: torch.device) -> str:
+def pick_attention(device: torch.device, dtype: str) -> str:
     """Teach the library this attention; its name, or "sdpa" where it cannot run."""
     batching.continuous_api.ModelRunner = Runner
     if device.type != "cuda":
         transformers.AttentionInterface.register("sdpa", cpu_attention)
         return "sdpa"
     paged = "block_table" in (getattr(varlen_attn, "__kwdefaults__", None) or {})
-    if torch.cuda.get_device_capability(device) < (8, 0) or not paged:
-        logger.warning("no paged flash attention on this GPU or torch: 5 times slower")
+    if dtype == "float32" or not paged:
+        logger.warning("no flash attention for float32 or this torch: 5 times slower")
         return "sdpa"
     if not can_compile():
         logger.warning("no gcc, Python headers or Triton: about a fifth slower")
@@ -662,13 +662,11 @@ def preflight(settings: Settings) -> torch.device:
     size = {"none": 1.0, "int8": 0.55, "int4": 0.35}[settings.quantize]
     if size < 1 and GPUS > 1:
         raise ValueError("--quantize works on one GPU, not under torchrun")
-    if size < 1 and importlib.util.find_spec("torchao") is None:
-        raise ValueError("--quantize needs a package: pip install torchao==0.18.0")
+    if size < 1 and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--quantize needs: pip install bitsandbytes==0.50.2")
     auto = "cpu" if settings.demo and not cuda.is_available() else f"cuda:{RANK}"
     device = torch.device(settings.device.replace("auto", auto))
     if device.type == "cpu":
-        if settings.quantize == "int4":
-            raise ValueError("--quantize int4 needs a GPU, int8 does not")
         return device
     try:
         name = cuda.get_device_name(device)  # torch explains old drivers well
@@ -687,18 +685,17 @@ def preflight(settings: Settings) -> torch.device:
     return device
 
 
-def quantization(kind: str) -> transformers.TorchAoConfig | None:
-    """How to store the weights of linear layers: in int8, or in int4 with a scale for
-    each 64 of them. The matrices are multiplied in the ordinary type."""
+def quantization(kind: str) -> transformers.BitsAndBytesConfig | None:
+    """How to store the weights of linear layers: in int8, or in 4 bits (NF4)."""
     if kind == "none":
         return None
-    from torchao import quantization as ao
-
-    # Its own settings of the compiler search for minutes.
-    stored = ao.Int8WeightOnlyConfig(set_inductor_config=False)
-    if kind == "int4":
-        stored = ao.Int4WeightOnlyConfig(64, int4_packing_format="tile_packed_to_4d")
-    return transformers.TorchAoConfig(stored)
+    logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=0.0
+        )
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, **four)
 
 
 class Engine:
@@ -733,7 +730,7 @@ class Engine:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=pick_attention(device),
+            attn_implementation=pick_attention(device, dtype),
             device_map=device if GPUS == 1 else None,
             distributed_config={"tp_plan": PLAN},  # for as many as torchrun started
             quantization_config=quantization(settings.quantize),

@@ -89,7 +89,6 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     for name, value in SMALL.items():
         monkeypatch.setattr(api, name, value)
     monkeypatch.setattr(api, "can_compile", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
@@ -164,7 +163,7 @@ def answers(
 def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     played_gpu.setattr(api.varlen_attn, "__kwdefaults__", {"block_table": None})
     served = model()
-    served.set_attn_implementation(api.pick_attention(torch.device("cuda")))
+    served.set_attn_implementation(api.pick_attention(torch.device("cuda"), "bfloat16"))
     played_gpu.setattr(api, "varlen_attn", reference)
     played_gpu.setattr(continuous_api, "ModelRunner", CpuRunner)
     played_gpu.setattr(continuous_api, "ContinuousBatchingIOs", CpuIOs)
@@ -210,12 +209,10 @@ def test_without_varlen_attn_the_library_attends(
     played_gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cuda = torch.device("cuda")
-    assert api.pick_attention(torch.device("cpu")) == "sdpa"
+    assert api.pick_attention(torch.device("cpu"), "bfloat16") == "sdpa"
+    assert api.pick_attention(cuda, "float32") == "sdpa"
     played_gpu.setattr(api, "varlen_attn", None)
-    assert api.pick_attention(cuda) == "sdpa"
-    played_gpu.undo()
-    played_gpu.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert api.pick_attention(cuda) == "sdpa"
+    assert api.pick_attention(cuda, "bfloat16") == "sdpa"
     assert len(caplog.records) == 2  # one line each says what it costs
 
 

@@ -237,13 +237,13 @@ def test_licences() -> None:
         assert path.read_text().startswith("# SPDX-License-Identifier: MIT\n"), path
 
 
-def test_the_same_torchao_is_named(
+def test_the_same_bitsandbytes_is_named(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as told:
         api.preflight(api.Settings(model=tiny_folder, device="cpu", quantize="int8"))
-    named = re.search(r"pip install torchao==[\d.]+", str(told.value))
+    named = re.search(r"pip install bitsandbytes==[\d.]+", str(told.value))
     assert named and named[0] in README
     needed = (ROOT / "tests" / "requirements.txt").read_text().splitlines()
     assert named[0].removeprefix("pip install ") in needed
