@@ -15,6 +15,7 @@ the model, and the event loop never waits for it.
 
 import asyncio
 import codecs
+import copy
 import gc
 import importlib.util
 import json
@@ -698,6 +699,11 @@ def quantization(kind: str) -> transformers.BitsAndBytesConfig | None:
     return transformers.BitsAndBytesConfig(load_in_4bit=True, **four)
 
 
+# Characters that are tokenised on the event loop: in a millisecond or two, which handing
+# over to a thread takes, too, when many requests arrive at once.
+SHORT = 2048
+
+
 class Engine:
     """The model, the one thread that runs it, and the requests it has in hand."""
 
@@ -726,6 +732,7 @@ class Engine:
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, device, dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.short_tokenizer = copy.deepcopy(self.tokenizer)  # of the event loop
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -759,16 +766,19 @@ class Engine:
         greedy = transformers.GenerationConfig(eos_token_id=self.end_tokens)
         self.manager = model.init_continuous_batching(greedy, config)
         self.manager.logit_processor.supported_keys["sampling"] = tuple
+        gc.disable()  # a collection during a capture can break it
         self.manager.warmup()
+        gc.enable()
         self.cache = self.manager.batch_processor.cache
         self.capacity = min(context, self.cache.num_blocks * page)
         gc.freeze()  # or each full collection stops everyone for half a second
 
-    def template(self, turns: list[Turn]) -> list[int]:
+    def template(self, turns: list[Turn], short: bool = False) -> list[int]:
         """Token ids of a conversation. Control tokens inside a message stay text."""
         messages = [turn.model_dump() for turn in turns]
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
-        return self.tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        tokenizer = self.short_tokenizer if short else self.tokenizer
+        return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
     async def run(self) -> None:
         """Load, then watch: a generation thread that died is started again; one that
@@ -838,8 +848,11 @@ class Engine:
         if len(self.pending) >= self.most:
             raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
         self.pending[answer.id] = answer
-        run = asyncio.get_running_loop().run_in_executor
-        tokens = await run(self.tokenizing, self.template, body.turns())
+        turns, run = body.turns(), asyncio.get_running_loop().run_in_executor
+        if sum(len(turn.content) for turn in turns) <= SHORT:
+            tokens = self.template(turns, True)
+        else:
+            tokens = await run(self.tokenizing, self.template, turns)
         if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens

@@ -3,6 +3,7 @@
 
 import json
 import re
+import threading
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -70,6 +71,26 @@ def test_template_and_tokens_are_phi4s(phi4_server: Running) -> None:
     assert engine.end_tokens == [100257, 100265]
     response = phi4_server.post("你好", max_new_tokens=2)
     assert response.headers["X-Prompt-Tokens"] == str(len(ids))
+
+
+def test_only_short_prompts_are_tokenised_on_the_event_loop(
+    phi4_server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, there = phi4_server.engine, []
+    template = engine.template
+
+    def note(turns: list[api.Turn], short: bool = False) -> list[int]:
+        there.append((short, threading.get_ident()))
+        ids = template(turns, short)
+        assert ids == template(turns, not short)
+        return ids
+
+    monkeypatch.setattr(engine, "template", note)
+    for length in (api.SHORT, api.SHORT + 1):
+        prompt = ("a " * length)[:length]
+        assert phi4_server.post(prompt=prompt, max_new_tokens=1).status_code == 200
+    assert [short for short, _ in there] == [True, False]
+    assert len({thread for _, thread in there}) == 2
 
 
 def test_stops_at_every_end_token(tmp_path: Any) -> None:

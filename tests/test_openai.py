@@ -164,9 +164,12 @@ def test_every_kind_of_message_reaches_the_template(counting, say, monkeypatch):
     say(b"x")
     seen = []
     template = counting.engine.template
-    monkeypatch.setattr(
-        counting.engine, "template", lambda turns: seen.append(turns) or template(turns)
-    )
+
+    def note(turns, *short):
+        seen.append(turns)
+        return template(turns, *short)
+
+    monkeypatch.setattr(counting.engine, "template", note)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief"},

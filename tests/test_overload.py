@@ -128,6 +128,7 @@ def test_a_slow_tokenizer_holds_up_nobody_else(shared, monkeypatch):
         return template(turns)
 
     with monkeypatch.context() as patch:
+        patch.setattr(api, "SHORT", 0)
         patch.setattr(shared.engine, "template", slow)
         asked = shared.submit(max_new_tokens=2)
         try:
