@@ -743,9 +743,9 @@ class Engine:
             quantization_config=quantization(settings.quantize),
         )
         # Early copies of phi-4 name the wrong end token in their config.
-        own = model.generation_config.eos_token_id
-        ends = {*own} if isinstance(own, list) else {own}
-        ends |= {*map(self.tokenizer.get_vocab().get, ("<|im_end|>", "<|endoftext|>"))}
+        own, known = model.generation_config.eos_token_id, self.tokenizer.get_vocab()
+        ends = {known.get("<|im_end|>"), known.get("<|endoftext|>")}
+        ends |= {*own} if isinstance(own, list) else {own}
         self.end_tokens = sorted(ends - {None})
         self.token_bytes = bytes_of_tokens(self.tokenizer, self.end_tokens)
         if len(self.token_bytes) > model.config.vocab_size:
