@@ -46,8 +46,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -152,12 +152,6 @@ Tokens = Annotated[int, Field(ge=1)] | None
 Finish = Literal["stop", "length"]
 
 
-def unsupported(value: bool) -> bool:
-    if value:
-        raise ValueError("this server cannot do that")
-    return value
-
-
 class Strict(BaseModel, strict=True, extra="forbid", use_attribute_docstrings=True):
     """No coercion ("5" is not 5), no unknown field."""
 
@@ -212,17 +206,17 @@ class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
     def turns(self) -> list[Turn]:
         return [*self.history, Turn(role="user", content=self.prompt)]
 
-    def answer(self, done: "Answer") -> str:
+    def answer(self, done: "Answer") -> ChatAnswer:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         turns = [*self.turns(), Turn(role="assistant", content=done.text)]
-        return ChatAnswer(response=done.text, history=turns, time=now).model_dump_json()
+        return ChatAnswer(response=done.text, history=turns, time=now)
 
-    def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
+    def lines(self, done: "Answer", sent: int | None) -> Iterator[bytes]:
         """Data of the next events of a stream; `sent` characters are out already."""
         if delta := done.text[sent or 0 :]:
-            yield json.dumps({"delta": delta})
+            yield b'{"delta": %b}' % to_json(delta)
         if done.finish_reason:
-            yield self.answer(done)
+            yield to_json(self.answer(done))
 
 
 class TextPart(Strict):
@@ -241,7 +235,7 @@ class OpenAITurn(Strict, extra="ignore"):
 
 
 class Choice(BaseModel):
-    index: Literal[0]
+    index: Literal[0] = 0
     message: Turn
     finish_reason: Finish
 
@@ -250,7 +244,7 @@ class ChatCompletion(BaseModel):
     """The answer of `POST /v1/chat/completions`."""
 
     id: str
-    object: Literal["chat.completion"]
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[Choice]
@@ -286,7 +280,7 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
     stream_options: dict[str, bool | None] | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
-    logprobs: Annotated[bool, AfterValidator(unsupported)] | None = None
+    logprobs: Annotated[bool, Field(le=False)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     presence_penalty: Zero = None
@@ -300,27 +294,27 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def answer(self, done: "Answer") -> str:
-        message = {"role": "assistant", "content": done.text}
-        choice = {"message": message, "finish_reason": done.finish_reason}
-        return self.dump(done, "", choice, usage=done.usage())
+    def answer(self, done: "Answer") -> ChatCompletion:
+        turn = Turn(role="assistant", content=done.text)
+        choice = Choice(message=turn, finish_reason=done.finish_reason)
+        return ChatCompletion(**done.head, choices=[choice], usage=done.usage())
 
-    def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
-        chunk = partial(self.dump, done, ".chunk")
+    def lines(self, done: "Answer", sent: int | None) -> Iterator[bytes]:
+        head = done.head | {"object": "chat.completion.chunk"}
+
+        def chunk(delta: dict[str, str], reason: Finish | None = None) -> bytes:
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            return to_json(head | {"choices": [choice]})
+
         if sent is None:
-            yield chunk({"delta": {"role": "assistant", "content": ""}})
+            yield chunk({"role": "assistant", "content": ""})
         if delta := done.text[sent or 0 :]:
-            yield chunk({"delta": {"content": delta}})
+            yield chunk({"content": delta})
         if done.finish_reason:
-            yield chunk({"delta": {}, "finish_reason": done.finish_reason})
+            yield chunk({}, done.finish_reason)
             if (self.stream_options or {}).get("include_usage"):
-                yield chunk(usage=done.usage())
-            yield "[DONE]"
-
-    def dump(self, done: "Answer", kind: str, *choices: Any, **more: Any) -> str:
-        head = {"id": done.id, "object": f"chat.completion{kind}", "model": done.model}
-        listed = [{"index": 0, "finish_reason": None} | choice for choice in choices]
-        return json.dumps(head | {"created": done.created, "choices": listed} | more)
+                yield to_json(head | {"choices": [], "usage": done.usage()})
+            yield b"[DONE]"
 
 
 # ------------------------------------------------------------------------------
@@ -616,14 +610,16 @@ class Answer:
     """
 
     def __init__(self, model: str, stop: str | list[str] | None) -> None:
-        self.model, self.stop = model, [stop] if isinstance(stop, str) else stop or []
-        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        # What all that OpenAI's clients get of it begins with.
+        self.head = {"id": self.id, "created": int(time.time()), "model": model}
+        self.stop = [stop] if isinstance(stop, str) else stop or []
         self.prompt_tokens = self.completion_tokens = 0
         self.text, self.held = "", ""  # held: perhaps the beginning of a stop string
         self.finish_reason: Finish | None = None
         self.error: HTTPException | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.grown = asyncio.Event()  # set for every change
+        self.grown = asyncio.Event()  # set when there is more text, or an end
         self.watch: asyncio.Task[Message] | None = None  # ends when the client leaves
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
 
@@ -646,6 +642,8 @@ class Answer:
         self.text, self.held = self.text + text[:shown], text[shown:]
         if ends:
             self.finish_reason, self.held = "stop", ""
+        if shown:
+            self.grown.set()
 
     def finish(self, reason: Finish) -> None:
         """End the answer, if no stop string has; what was held back belongs to it."""
@@ -659,15 +657,14 @@ class Answer:
 
     def account(self) -> str:
         """Count it for /metrics. Returns what the log says of it."""
-        first, later = self.first_token - self.started, self.completion_tokens - 1
+        first, new = self.first_token - self.started, self.completion_tokens
         PROMPT_TOKENS.inc(self.prompt_tokens)
-        NEW_TOKENS.inc(self.completion_tokens)
-        if self.first_token:
+        NEW_TOKENS.inc(new)
+        if new:
             FIRST.observe(first)
-        if later > 0:
-            EACH.observe((self.last_token - self.first_token) / later)
-        used = f"in={self.prompt_tokens} out={self.completion_tokens}"
-        return f"{used} first={max(first, 0):.3f}s"
+        if new > 1:
+            EACH.observe((self.last_token - self.first_token) / (new - 1))
+        return f"in={self.prompt_tokens} out={new} first={max(first, 0):.3f}s"
 
 
 def preflight(settings: Settings) -> torch.device:
@@ -908,7 +905,6 @@ class Engine:
                 answer.finish("length")
             if answer.finish_reason:
                 self.release(answer)
-            answer.grown.set()
 
     def release(self, answer: Answer, error: HTTPException | None = None) -> None:
         """Free the place of an answer that has ended, or that nobody waits for."""
@@ -948,7 +944,7 @@ PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
 async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
-    """JSON, or a stream once its first token is there; errors before that are plain."""
+    """JSON, or a stream once its first text is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
     answer = request.state.answer = Answer(engine.name, body.stop)
     logger.debug("%s is asked %r", answer.id, body)
@@ -967,30 +963,33 @@ async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response
     headers = {"X-Finish-Reason": answer.finish_reason}
     headers["X-Prompt-Tokens"] = str(answer.prompt_tokens)
     headers["X-Completion-Tokens"] = str(answer.completion_tokens)
-    return Response(body.answer(answer), 200, headers, "application/json")
+    return Response(to_json(body.answer(answer)), 200, headers, "application/json")
+
+
+def ping(answer: Answer) -> None:
+    """Wake a stream every PING_SECONDS; with nothing new to send it sends a comment."""
+    answer.grown.set()
+    if not (answer.finish_reason or answer.error):
+        asyncio.get_running_loop().call_later(PING_SECONDS, ping, answer)
 
 
 async def events(
     request: Request, body: ChatRequest | OpenAIRequest, answer: Answer
 ) -> AsyncIterator[bytes]:
-    """Server-sent events of an answer whose first token is there."""
-    sent = None
-    while True:
-        lines = [*body.lines(answer, sent)]  # it may grow while a slow client reads
-        sent, last = len(answer.text), answer.finish_reason
-        for line in lines:
-            yield format_sse_event(data_str=line)
-        if last:
-            return
-        try:
-            async with asyncio.timeout(PING_SECONDS):
-                await answer.more()
-        except TimeoutError:
-            yield KEEPALIVE_COMMENT
-        except HTTPException as error:
-            data = (await problem(request, error)).body.decode()
-            yield format_sse_event(event="error", data_str=data)
-            return
+    """Server-sent events of an answer whose first text is there."""
+    sent = last = None
+    ping(answer)  # a time limit for each wait would cost a tenth of all time
+    try:
+        while not last:
+            await answer.more()
+            lines = [*body.lines(answer, sent)]  # it may grow while a client reads
+            sent, last = len(answer.text), answer.finish_reason
+            for line in lines:
+                yield b"data: %b\n\n" % line
+            if not lines:
+                yield b": ping\n\n"
+    except HTTPException as error:
+        yield b"event: error\ndata: %b\n\n" % (await problem(request, error)).body
 
 
 async def problem(request: Request, error: Any) -> Response:
