@@ -36,7 +36,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import prometheus_client as prometheus
 import torch
 import transformers
 import uvicorn
@@ -46,10 +45,12 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
+from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils as flash
@@ -251,18 +252,11 @@ class ChatCompletion(BaseModel):
     usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
 
 
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["local"] = "local"
-
-
 class ModelList(BaseModel):
     """The answer of `GET /v1/models`: the one model that is served."""
 
     object: Literal["list"] = "list"
-    data: list[ModelCard]
+    data: list[dict[Literal["id", "object", "created", "owned_by"], str | int]]
 
 
 TURN = {"role": "user", "content": "What is 2 + 2?"}
@@ -315,6 +309,9 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
             if (self.stream_options or {}).get("include_usage"):
                 yield to_json(head | {"choices": [], "usage": done.usage()})
             yield b"[DONE]"
+
+
+Asked = ChatRequest | OpenAIRequest
 
 
 # ------------------------------------------------------------------------------
@@ -620,7 +617,6 @@ class Answer:
         self.error: HTTPException | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.grown = asyncio.Event()  # set when there is more text, or an end
-        self.watch: asyncio.Task[Message] | None = None  # ends when the client leaves
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
 
     async def more(self) -> None:
@@ -943,15 +939,15 @@ def bytes_of_tokens(tokenizer: Any, ends: list[int]) -> list[bytes | None]:
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
-async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
+async def reply(request: Request, body: Asked) -> Response:
     """JSON, or a stream once its first text is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
     answer = request.state.answer = Answer(engine.name, body.stop)
     logger.debug("%s is asked %r", answer.id, body)
     # After the body only the client's end can come.
     left = HTTPException(499, "the client has left")
-    answer.watch = asyncio.create_task(request.receive())
-    answer.watch.add_done_callback(lambda _: engine.release(answer, left))
+    watch = request.state.watch = asyncio.create_task(request.receive())
+    watch.add_done_callback(lambda _: engine.release(answer, left))
     await engine.submit(body, answer)
     await answer.more()
     if body.stream:
@@ -973,12 +969,10 @@ def ping(answer: Answer) -> None:
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, answer)
 
 
-async def events(
-    request: Request, body: ChatRequest | OpenAIRequest, answer: Answer
-) -> AsyncIterator[bytes]:
+async def events(request: Request, body: Asked, answer: Answer) -> AsyncIterator[bytes]:
     """Server-sent events of an answer whose first text is there."""
     sent = last = None
-    ping(answer)  # a time limit for each wait would cost a tenth of all time
+    ping(answer)  # a time limit for each wait would cost a tenth of the time
     try:
         while not last:
             await answer.more()
@@ -1002,11 +996,9 @@ async def problem(request: Request, error: Any) -> Response:
         detail = [{key: each[key] for key in keys} for each in error.errors()]
         status, param = 400 if openai else 422, ".".join(map(str, detail[0]["loc"][1:]))
         message = f"{param}: {detail[0]['msg']}"
-    content = {"detail": detail}
-    if openai:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        parts = {"message": message, "type": kind, "param": param, "code": None}
-        content = {"error": parts}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    parts = {"message": message, "type": kind, "param": param, "code": None}
+    content = {"error": parts} if openai else {"detail": detail}
     headers = getattr(error, "headers", None)
     return Response(json.dumps(content), status, headers, "application/json")
 
@@ -1032,7 +1024,7 @@ def answers(problem: type[BaseModel]) -> dict[int | str, Any]:
     return events | {code: {"model": problem} for code in codes}
 
 
-# `refuse` checks the key, before the body is read; this documents it.
+# `admit` checks the key, before the body is read; this documents it.
 secured = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
 public = APIRouter()
 
@@ -1058,7 +1050,8 @@ async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
 async def models(request: Request) -> ModelList:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
-    return ModelList(data=[ModelCard(id=engine.name, created=engine.created)])
+    card = {"id": engine.name, "object": "model", "created": engine.created}
+    return ModelList(data=[card | {"owned_by": "local"}])
 
 
 @public.get("/health", responses={503: {"model": Health}})
@@ -1083,20 +1076,14 @@ async def docs(request: Request) -> Response:
     )
 
 
-REQUESTS = prometheus.Counter("phi4_requests", "Requests answered", ["route", "status"])
-PROMPT_TOKENS = prometheus.Counter("phi4_prompt_tokens", "Tokens of prompts")
-NEW_TOKENS = prometheus.Counter("phi4_completion_tokens", "Tokens generated")
-FIRST = prometheus.Histogram(
-    "phi4_time_to_first_token_seconds", "Arrival to first token"
-)
-EACH = prometheus.Histogram(
-    "phi4_time_per_output_token_seconds", "Mean time of a later token"
-)
-IN_FLIGHT = prometheus.Gauge("phi4_requests_in_flight", "Requests being generated")
-WAITING = prometheus.Gauge(
-    "phi4_requests_waiting", "Admitted requests that wait for a place"
-)
-CACHE = prometheus.Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
+REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
+PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
+NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
+FIRST = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
+EACH = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
+IN_FLIGHT = Gauge("phi4_requests_in_flight", "Requests being generated")
+WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
+CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 FIGURES = {200: {"content": {"text/plain": {}}}, 401: {"model": Problem}}
 
 
@@ -1108,31 +1095,49 @@ async def metrics(request: Request) -> Response:
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
     if engine.rows:
         CACHE.set(1 - engine.cache.compute_free_capacity())
-    figures, kind = prometheus.generate_latest(), prometheus.CONTENT_TYPE_LATEST
-    return Response(figures, media_type=kind)
+    kind = exposition.CONTENT_TYPE_LATEST
+    return Response(exposition.generate_latest(), media_type=kind)
 
 
 OPEN = "/health", "/docs", "/openapi.json"  # need no key
+CLOSING = {"Connection": "close"}  # for when the rest of a body is not wanted
 
 
-def refuse(request: Request) -> HTTPException | None:
-    """Why a request must not reach its route, whatever its body is."""
-    state, path = request.app.state, request.scope["path"]
-    if state.engine.state == "loading" and path != "/health":
-        return Unavailable("the server is loading")
+async def admit(request: Request) -> Message:
+    """The body of a request, whole, if it may reach its route. Raises HTTPException:
+    401, 503, and 400, 408 or 413 for the way its body comes."""
+    settings, path = request.app.state.settings, request.scope["path"]
+    if request.app.state.engine.state == "loading" and path != "/health":
+        raise Unavailable("the server is loading")
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-    keys = [] if path in OPEN else state.settings.keys()
+    keys = [] if path in OPEN else settings.keys()
     matches = [secrets.compare_digest(given, key) for key in keys]  # constant time
     if keys and not any(matches):
         why = "send a valid API key: Authorization: Bearer KEY"
-        return HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
-    return None
+        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+    if {"content-length", "transfer-encoding"} <= {*request.headers}:
+        why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
+        raise HTTPException(400, why, CLOSING)
+    body, size, most = bytearray(), 0, settings.max_body_bytes
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= most:
+                    body += piece
+                elif size > 16 * most:  # not at once: a reset would overtake the answer
+                    break
+    except (TimeoutError, ClientDisconnect) as error:
+        raise HTTPException(408, "the body came too slowly", CLOSING) from error
+    if size > most:
+        raise HTTPException(413, f"the body has over {most} bytes", CLOSING)
+    return {"type": "http.request", "body": bytes(body)}
 
 
 class Observe:
-    """Middleware around a request: an id, a time limit for its body, and an end that
-    frees its place, counts and logs it."""
+    """Middleware around a request: an id, its admission, and an end that frees its
+    place, counts and logs it."""
 
     def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
         self.app, self.sends_id = app, sends_id
@@ -1140,34 +1145,13 @@ class Observe:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request, started, status, size = Request(scope), time.monotonic(), 500, 0
-        settings: Settings = request.app.state.settings
-        limit = asyncio.get_running_loop().time() + settings.body_timeout
-        most = settings.max_body_bytes
+        request, started, status = Request(scope, receive), time.monotonic(), 500
         given = request.headers.get("x-request-id", "")
         valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
-        request_id = given if valid else secrets.token_hex(8)
+        request_id, bodies = given if valid else secrets.token_hex(8), []
 
-        async def timed_receive() -> Message:
-            nonlocal limit, size
-            closing = {"Connection": "close"}  # the rest of the body is not wanted
-            if {"content-length", "transfer-encoding"} <= {*request.headers}:
-                why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
-                raise HTTPException(400, why, closing)
-            try:
-                async with asyncio.timeout_at(limit):
-                    message = await receive()
-                    size += len(message.get("body", b""))
-                    # Read on for a while: a reset would overtake the answer.
-                    while most < size < 16 * most and message.get("more_body"):
-                        message = await receive()
-                        size += len(message.get("body", b""))
-            except TimeoutError as error:
-                raise HTTPException(408, "the body came too slowly", closing) from error
-            if size > most:
-                raise HTTPException(413, f"the body has over {most} bytes", closing)
-            limit = limit if message.get("more_body") else None
-            return message
+        async def receive_again() -> Message:
+            return bodies.pop() if bodies else await receive()
 
         async def labelled_send(message: Message) -> None:
             nonlocal status
@@ -1178,16 +1162,19 @@ class Observe:
             await send(message)
 
         try:
-            refusal = refuse(request)
-            app = await problem(request, refusal) if refusal else self.app
             with suppress(asyncio.CancelledError):  # the server has to leave
-                await app(scope, timed_receive, labelled_send)
+                app = self.app
+                try:
+                    bodies.append(await admit(request))
+                except HTTPException as error:
+                    app = await problem(request, error)
+                await app(scope, receive_again, labelled_send)
         finally:
             REQUESTS.labels(getattr(scope.get("route"), "path", "other"), status).inc()
             path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
             line = f"{request_id} {request.method} {path} {status}"
             if answer := getattr(request.state, "answer", None):
-                answer.watch.cancel()  # which frees its place
+                request.state.watch.cancel()  # which frees its place
                 line += f" {answer.account()}"
                 logger.debug("%s answers %r", answer.id, answer.text)
             level = logging.DEBUG if path == "/health" else logging.INFO
@@ -1226,9 +1213,7 @@ def create_app(settings: Settings | None = None, ray: bool = False) -> FastAPI:
     app.include_router(public)
     app.add_middleware(Observe, sends_id=not ray)
     if origins := settings.cors_origins.replace(",", " ").split():
-        app.add_middleware(
-            CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
-        )
+        app.add_middleware(CORSMiddleware, origins, ["*"], ["*"])  # methods, headers
     return app
 
 
