@@ -212,9 +212,9 @@ class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
         turns = [*self.turns(), Turn(role="assistant", content=done.text)]
         return ChatAnswer(response=done.text, history=turns, time=now)
 
-    def lines(self, done: "Answer", sent: int | None) -> Iterator[bytes]:
+    def lines(self, done: "Answer", sent: int) -> Iterator[bytes]:
         """Data of the next events of a stream; `sent` characters are out already."""
-        if delta := done.text[sent or 0 :]:
+        if delta := done.text[sent:]:
             yield b'{"delta": %b}' % to_json(delta)
         if done.finish_reason:
             yield to_json(self.answer(done))
@@ -293,16 +293,16 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
         choice = Choice(message=turn, finish_reason=done.finish_reason)
         return ChatCompletion(**done.head, choices=[choice], usage=done.usage())
 
-    def lines(self, done: "Answer", sent: int | None) -> Iterator[bytes]:
+    def lines(self, done: "Answer", sent: int) -> Iterator[bytes]:
         head = done.head | {"object": "chat.completion.chunk"}
 
         def chunk(delta: dict[str, str], reason: Finish | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": reason}
             return to_json(head | {"choices": [choice]})
 
-        if sent is None:
+        if not sent:
             yield chunk({"role": "assistant", "content": ""})
-        if delta := done.text[sent or 0 :]:
+        if delta := done.text[sent:]:
             yield chunk({"content": delta})
         if done.finish_reason:
             yield chunk({}, done.finish_reason)
@@ -971,7 +971,7 @@ def ping(answer: Answer) -> None:
 
 async def events(request: Request, body: Asked, answer: Answer) -> AsyncIterator[bytes]:
     """Server-sent events of an answer whose first text is there."""
-    sent = last = None
+    sent, last = 0, None
     ping(answer)  # a time limit for each wait would cost a tenth of the time
     try:
         while not last:
@@ -1093,8 +1093,7 @@ async def metrics(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     IN_FLIGHT.set(min(len(engine.pending), engine.rows))
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
-    if engine.rows:
-        CACHE.set(1 - engine.cache.compute_free_capacity())
+    CACHE.set(1 - engine.cache.compute_free_capacity())
     kind = exposition.CONTENT_TYPE_LATEST
     return Response(exposition.generate_latest(), media_type=kind)
 
