@@ -37,7 +37,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import prometheus_client as prometheus
 import torch
 import transformers
 import uvicorn
@@ -47,10 +46,12 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -156,12 +157,6 @@ Tokens = Annotated[int, Field(ge=1)] | None
 Finish = Literal["stop", "length"]
 
 
-def unsupported(value: bool) -> bool:
-    if value:
-        raise ValueError("this server cannot do that")
-    return value
-
-
 class Strict(BaseModel, strict=True, extra="forbid", use_attribute_docstrings=True):
     """No coercion ("5" is not 5), no unknown field."""
 
@@ -216,17 +211,17 @@ class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
     def turns(self) -> list[Turn]:
         return [*self.history, Turn(role="user", content=self.prompt)]
 
-    def answer(self, done: "Answer") -> str:
+    def answer(self, done: "Answer") -> ChatAnswer:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         turns = [*self.turns(), Turn(role="assistant", content=done.text)]
-        return ChatAnswer(response=done.text, history=turns, time=now).model_dump_json()
+        return ChatAnswer(response=done.text, history=turns, time=now)
 
-    def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
+    def lines(self, done: "Answer", sent: int) -> Iterator[bytes]:
         """Data of the next events of a stream; `sent` characters are out already."""
-        if delta := done.text[sent or 0 :]:
-            yield json.dumps({"delta": delta})
+        if delta := done.text[sent:]:
+            yield b'{"delta": %b}' % to_json(delta)
         if done.finish_reason:
-            yield self.answer(done)
+            yield to_json(self.answer(done))
 
 
 class TextPart(Strict):
@@ -245,7 +240,7 @@ class OpenAITurn(Strict, extra="ignore"):
 
 
 class Choice(BaseModel):
-    index: Literal[0]
+    index: Literal[0] = 0
     message: Turn
     finish_reason: Finish
 
@@ -254,25 +249,18 @@ class ChatCompletion(BaseModel):
     """The answer of `POST /v1/chat/completions`."""
 
     id: str
-    object: Literal["chat.completion"]
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[Choice]
     usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
 
 
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["local"] = "local"
-
-
 class ModelList(BaseModel):
     """The answer of `GET /v1/models`: the one model that is served."""
 
     object: Literal["list"] = "list"
-    data: list[ModelCard]
+    data: list[dict[Literal["id", "object", "created", "owned_by"], str | int]]
 
 
 TURN = {"role": "user", "content": "What is 2 + 2?"}
@@ -290,7 +278,7 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
     stream_options: dict[str, bool | None] | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
-    logprobs: Annotated[bool, AfterValidator(unsupported)] | None = None
+    logprobs: Annotated[bool, Field(le=False)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     presence_penalty: Zero = None
@@ -304,27 +292,30 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def answer(self, done: "Answer") -> str:
-        message = {"role": "assistant", "content": done.text}
-        choice = {"message": message, "finish_reason": done.finish_reason}
-        return self.dump(done, "", choice, usage=done.usage())
+    def answer(self, done: "Answer") -> ChatCompletion:
+        turn = Turn(role="assistant", content=done.text)
+        choice = Choice(message=turn, finish_reason=done.finish_reason)
+        return ChatCompletion(**done.head, choices=[choice], usage=done.usage())
 
-    def lines(self, done: "Answer", sent: int | None) -> Iterator[str]:
-        chunk = partial(self.dump, done, ".chunk")
-        if sent is None:
-            yield chunk({"delta": {"role": "assistant", "content": ""}})
-        if delta := done.text[sent or 0 :]:
-            yield chunk({"delta": {"content": delta}})
+    def lines(self, done: "Answer", sent: int) -> Iterator[bytes]:
+        head = done.head | {"object": "chat.completion.chunk"}
+
+        def chunk(delta: dict[str, str], reason: Finish | None = None) -> bytes:
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            return to_json(head | {"choices": [choice]})
+
+        if not sent:
+            yield chunk({"role": "assistant", "content": ""})
+        if delta := done.text[sent:]:
+            yield chunk({"content": delta})
         if done.finish_reason:
-            yield chunk({"delta": {}, "finish_reason": done.finish_reason})
+            yield chunk({}, done.finish_reason)
             if (self.stream_options or {}).get("include_usage"):
-                yield chunk(usage=done.usage())
-            yield "[DONE]"
+                yield to_json(head | {"choices": [], "usage": done.usage()})
+            yield b"[DONE]"
 
-    def dump(self, done: "Answer", kind: str, *choices: Any, **more: Any) -> str:
-        head = {"id": done.id, "object": f"chat.completion{kind}", "model": done.model}
-        listed = [{"index": 0, "finish_reason": None} | choice for choice in choices]
-        return json.dumps(head | {"created": done.created, "choices": listed} | more)
+
+Asked = ChatRequest | OpenAIRequest
 
 
 # ------------------------------------------------------------------------------
@@ -599,15 +590,16 @@ class Answer:
     """
 
     def __init__(self, model: str, stop: str | list[str] | None) -> None:
-        self.model, self.stop = model, [stop] if isinstance(stop, str) else stop or []
-        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        # What all that OpenAI's clients get of it begins with.
+        self.head = {"id": self.id, "created": int(time.time()), "model": model}
+        self.stop = [stop] if isinstance(stop, str) else stop or []
         self.prompt_tokens = self.completion_tokens = 0
         self.text, self.held = "", ""  # held: perhaps the beginning of a stop string
         self.finish_reason: Finish | None = None
         self.error: HTTPException | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.grown = asyncio.Event()  # set for every change
-        self.watch: asyncio.Task[Message] | None = None  # ends when the client leaves
+        self.grown = asyncio.Event()  # set when there is more text, or an end
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
 
     async def more(self) -> None:
@@ -629,6 +621,8 @@ class Answer:
         self.text, self.held = self.text + text[:shown], text[shown:]
         if ends:
             self.finish_reason, self.held = "stop", ""
+        if shown:
+            self.grown.set()
 
     def finish(self, reason: Finish) -> None:
         """End the answer, if no stop string has; what was held back belongs to it."""
@@ -642,15 +636,14 @@ class Answer:
 
     def account(self) -> str:
         """Count it for /metrics. Returns what the log says of it."""
-        first, later = self.first_token - self.started, self.completion_tokens - 1
+        first, new = self.first_token - self.started, self.completion_tokens
         PROMPT_TOKENS.inc(self.prompt_tokens)
-        NEW_TOKENS.inc(self.completion_tokens)
-        if self.first_token:
+        NEW_TOKENS.inc(new)
+        if new:
             FIRST.observe(first)
-        if later > 0:
-            EACH.observe((self.last_token - self.first_token) / later)
-        used = f"in={self.prompt_tokens} out={self.completion_tokens}"
-        return f"{used} first={max(first, 0):.3f}s"
+        if new > 1:
+            EACH.observe((self.last_token - self.first_token) / (new - 1))
+        return f"in={self.prompt_tokens} out={new} first={max(first, 0):.3f}s"
 
 
 def preflight(settings: Settings) -> torch.device:
@@ -840,7 +833,7 @@ class Engine:
         if self.manager is not None:
             await asyncio.to_thread(self.manager.stop, True, 15, False, True)
 
-    async def submit(self, body: ChatRequest | OpenAIRequest, answer: Answer) -> None:
+    async def submit(self, body: Asked, answer: Answer) -> None:
         """Admit, template and submit a request: its answer grows from then on, until
         it is released. Raises HTTPException: 400, 503 or 504."""
         if self.status != "ok":
@@ -885,7 +878,6 @@ class Engine:
                 answer.finish("length")
             if answer.finish_reason:
                 self.release(answer)
-            answer.grown.set()
 
     def release(self, answer: Answer, error: HTTPException | None = None) -> None:
         """Free the place of an answer that has ended, or that nobody waits for."""
@@ -924,15 +916,15 @@ def bytes_of_tokens(tokenizer: Any, ends: list[int]) -> list[bytes | None]:
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
-async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response:
-    """JSON, or a stream once its first token is there; errors before that are plain."""
+async def reply(request: Request, body: Asked) -> Response:
+    """JSON, or a stream once its first text is there; errors before that are plain."""
     engine: Engine = request.app.state.engine
     answer = request.state.answer = Answer(engine.name, body.stop)
     logger.debug("%s is asked %r", answer.id, body)
     # After the body only the client's end can come.
     left = HTTPException(499, "the client has left")
-    answer.watch = asyncio.create_task(request.receive())
-    answer.watch.add_done_callback(lambda _: engine.release(answer, left))
+    watch = request.state.watch = asyncio.create_task(request.receive())
+    watch.add_done_callback(lambda _: engine.release(answer, left))
     await engine.submit(body, answer)
     await answer.more()
     if body.stream:
@@ -944,30 +936,31 @@ async def reply(request: Request, body: ChatRequest | OpenAIRequest) -> Response
     headers = {"X-Finish-Reason": answer.finish_reason}
     headers["X-Prompt-Tokens"] = str(answer.prompt_tokens)
     headers["X-Completion-Tokens"] = str(answer.completion_tokens)
-    return Response(body.answer(answer), 200, headers, "application/json")
+    return Response(to_json(body.answer(answer)), 200, headers, "application/json")
 
 
-async def events(
-    request: Request, body: ChatRequest | OpenAIRequest, answer: Answer
-) -> AsyncIterator[bytes]:
-    """Server-sent events of an answer whose first token is there."""
-    sent = None
-    while True:
-        lines = [*body.lines(answer, sent)]  # it may grow while a slow client reads
-        sent, last = len(answer.text), answer.finish_reason
-        for line in lines:
-            yield format_sse_event(data_str=line)
-        if last:
-            return
-        try:
-            async with asyncio.timeout(PING_SECONDS):
-                await answer.more()
-        except TimeoutError:
-            yield KEEPALIVE_COMMENT
-        except HTTPException as error:
-            data = (await problem(request, error)).body.decode()
-            yield format_sse_event(event="error", data_str=data)
-            return
+def ping(answer: Answer) -> None:
+    """Wake a stream every PING_SECONDS; with nothing new to send it sends a comment."""
+    answer.grown.set()
+    if not (answer.finish_reason or answer.error):
+        asyncio.get_running_loop().call_later(PING_SECONDS, ping, answer)
+
+
+async def events(request: Request, body: Asked, answer: Answer) -> AsyncIterator[bytes]:
+    """Server-sent events of an answer whose first text is there."""
+    sent, last = 0, None
+    ping(answer)  # a time limit for each wait would cost a tenth of the time
+    try:
+        while not last:
+            await answer.more()
+            lines = [*body.lines(answer, sent)]  # it may grow while a client reads
+            sent, last = len(answer.text), answer.finish_reason
+            for line in lines:
+                yield b"data: %b\n\n" % line
+            if not lines:
+                yield b": ping\n\n"
+    except HTTPException as error:
+        yield b"event: error\ndata: %b\n\n" % (await problem(request, error)).body
 
 
 async def problem(request: Request, error: Any) -> Response:
@@ -980,11 +973,9 @@ async def problem(request: Request, error: Any) -> Response:
         detail = [{key: each[key] for key in keys} for each in error.errors()]
         status, param = 400 if openai else 422, ".".join(map(str, detail[0]["loc"][1:]))
         message = f"{param}: {detail[0]['msg']}"
-    content = {"detail": detail}
-    if openai:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        parts = {"message": message, "type": kind, "param": param, "code": None}
-        content = {"error": parts}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    parts = {"message": message, "type": kind, "param": param, "code": None}
+    content = {"error": parts} if openai else {"detail": detail}
     headers = getattr(error, "headers", None)
     return Response(json.dumps(content), status, headers, "application/json")
 
@@ -1010,7 +1001,7 @@ def answers(problem: type[BaseModel]) -> dict[int | str, Any]:
     return events | {code: {"model": problem} for code in codes}
 
 
-# `refuse` checks the key, before the body is read; this documents it.
+# `admit` checks the key, before the body is read; this documents it.
 secured = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
 public = APIRouter()
 
@@ -1036,7 +1027,8 @@ async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
 async def models(request: Request) -> ModelList:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
-    return ModelList(data=[ModelCard(id=engine.name, created=engine.created)])
+    card = {"id": engine.name, "object": "model", "created": engine.created}
+    return ModelList(data=[card | {"owned_by": "local"}])
 
 
 @public.get("/health", responses={503: {"model": Health}})
@@ -1061,20 +1053,14 @@ async def docs(request: Request) -> Response:
     )
 
 
-REQUESTS = prometheus.Counter("phi4_requests", "Requests answered", ["route", "status"])
-PROMPT_TOKENS = prometheus.Counter("phi4_prompt_tokens", "Tokens of prompts")
-NEW_TOKENS = prometheus.Counter("phi4_completion_tokens", "Tokens generated")
-FIRST = prometheus.Histogram(
-    "phi4_time_to_first_token_seconds", "Arrival to first token"
-)
-EACH = prometheus.Histogram(
-    "phi4_time_per_output_token_seconds", "Mean time of a later token"
-)
-IN_FLIGHT = prometheus.Gauge("phi4_requests_in_flight", "Requests being generated")
-WAITING = prometheus.Gauge(
-    "phi4_requests_waiting", "Admitted requests that wait for a place"
-)
-CACHE = prometheus.Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
+REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
+PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
+NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
+FIRST = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
+EACH = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
+IN_FLIGHT = Gauge("phi4_requests_in_flight", "Requests being generated")
+WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
+CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 FIGURES = {200: {"content": {"text/plain": {}}}, 401: {"model": Problem}}
 
 
@@ -1085,31 +1071,49 @@ async def metrics(request: Request) -> Response:
     IN_FLIGHT.set(min(len(engine.pending), engine.rows))
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
     CACHE.set(1 - engine.cache.compute_free_capacity())
-    figures, kind = prometheus.generate_latest(), prometheus.CONTENT_TYPE_LATEST
-    return Response(figures, media_type=kind)
+    kind = exposition.CONTENT_TYPE_LATEST
+    return Response(exposition.generate_latest(), media_type=kind)
 
 
 OPEN = "/health", "/docs", "/openapi.json"  # need no key
+CLOSING = {"Connection": "close"}  # for when the rest of a body is not wanted
 
 
-def refuse(request: Request) -> HTTPException | None:
-    """Why a request must not reach its route, whatever its body is."""
-    state, path = request.app.state, request.scope["path"]
-    if state.engine.state == "loading" and path != "/health":
-        return Unavailable("the server is loading")
+async def admit(request: Request) -> Message:
+    """The body of a request, whole, if it may reach its route. Raises HTTPException:
+    401, 503, and 400, 408 or 413 for the way its body comes."""
+    settings, path = request.app.state.settings, request.scope["path"]
+    if request.app.state.engine.state == "loading" and path != "/health":
+        raise Unavailable("the server is loading")
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-    keys = [] if path in OPEN else state.settings.keys()
+    keys = [] if path in OPEN else settings.keys()
     matches = [secrets.compare_digest(given, key) for key in keys]  # constant time
     if keys and not any(matches):
         why = "send a valid API key: Authorization: Bearer KEY"
-        return HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
-    return None
+        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+    if {"content-length", "transfer-encoding"} <= {*request.headers}:
+        why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
+        raise HTTPException(400, why, CLOSING)
+    body, size, most = bytearray(), 0, settings.max_body_bytes
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= most:
+                    body += piece
+                elif size > 16 * most:  # not at once: a reset would overtake the answer
+                    break
+    except (TimeoutError, ClientDisconnect) as error:
+        raise HTTPException(408, "the body came too slowly", CLOSING) from error
+    if size > most:
+        raise HTTPException(413, f"the body has over {most} bytes", CLOSING)
+    return {"type": "http.request", "body": bytes(body)}
 
 
 class Observe:
-    """Middleware around a request: an id, a time limit for its body, and an end that
-    frees its place, counts and logs it."""
+    """Middleware around a request: an id, its admission, and an end that frees its
+    place, counts and logs it."""
 
     def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
         self.app, self.sends_id = app, sends_id
@@ -1117,34 +1121,13 @@ class Observe:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request, started, status, size = Request(scope), time.monotonic(), 500, 0
-        settings: Settings = request.app.state.settings
-        limit = asyncio.get_running_loop().time() + settings.body_timeout
-        most = settings.max_body_bytes
+        request, started, status = Request(scope, receive), time.monotonic(), 500
         given = request.headers.get("x-request-id", "")
         valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
-        request_id = given if valid else secrets.token_hex(8)
+        request_id, bodies = given if valid else secrets.token_hex(8), []
 
-        async def timed_receive() -> Message:
-            nonlocal limit, size
-            closing = {"Connection": "close"}  # the rest of the body is not wanted
-            if {"content-length", "transfer-encoding"} <= {*request.headers}:
-                why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
-                raise HTTPException(400, why, closing)
-            try:
-                async with asyncio.timeout_at(limit):
-                    message = await receive()
-                    size += len(message.get("body", b""))
-                    # Read on for a while: a reset would overtake the answer.
-                    while most < size < 16 * most and message.get("more_body"):
-                        message = await receive()
-                        size += len(message.get("body", b""))
-            except TimeoutError as error:
-                raise HTTPException(408, "the body came too slowly", closing) from error
-            if size > most:
-                raise HTTPException(413, f"the body has over {most} bytes", closing)
-            limit = limit if message.get("more_body") else None
-            return message
+        async def receive_again() -> Message:
+            return bodies.pop() if bodies else await receive()
 
         async def labelled_send(message: Message) -> None:
             nonlocal status
@@ -1155,16 +1138,19 @@ class Observe:
             await send(message)
 
         try:
-            refusal = refuse(request)
-            app = await problem(request, refusal) if refusal else self.app
             with suppress(asyncio.CancelledError):  # the server has to leave
-                await app(scope, timed_receive, labelled_send)
+                app = self.app
+                try:
+                    bodies.append(await admit(request))
+                except HTTPException as error:
+                    app = await problem(request, error)
+                await app(scope, receive_again, labelled_send)
         finally:
             REQUESTS.labels(getattr(scope.get("route"), "path", "other"), status).inc()
             path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
             line = f"{request_id} {request.method} {path} {status}"
             if answer := getattr(request.state, "answer", None):
-                answer.watch.cancel()  # which frees its place
+                request.state.watch.cancel()  # which frees its place
                 line += f" {answer.account()}"
                 logger.debug("%s answers %r", answer.id, answer.text)
             level = logging.DEBUG if path == "/health" else logging.INFO
@@ -1201,9 +1187,7 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
     app.include_router(public)
     app.add_middleware(Observe, sends_id=sends_id)
     if origins := settings.cors_origins.replace(",", " ").split():
-        app.add_middleware(
-            CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]
-        )
+        app.add_middleware(CORSMiddleware, origins, ["*"], ["*"])  # methods, headers
     return app
 
 
