@@ -45,7 +45,7 @@ def submit(
 ) -> requests.Response:
     """A request whose prompt is these tokens, past the wire format and the template."""
     with monkeypatch.context() as patch:
-        patch.setattr(server.engine, "template", lambda turns: tokens)
+        patch.setattr(server.engine, "template", lambda *_: tokens)
         return server.post(max_new_tokens=4)
 
 

@@ -98,7 +98,7 @@ def works(served) -> bool:
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
 def test_over_the_limit_is_a_503_before_tokenising(busy, monkeypatch, path, stream):
     asked = []
-    monkeypatch.setattr(busy.engine, "template", asked.append)
+    monkeypatch.setattr(busy.engine, "template", lambda *turns: asked.append(turns))
     body = {"messages": TURNS} if path != "/" else {}
     answer = busy.post("one more", path=path, stream=stream, **body)
     assert answer.status_code == 503
@@ -408,7 +408,7 @@ def test_a_generation_thread_that_just_ends_is_started_again(shared):
 
 
 def test_a_tokenizer_that_raises_is_one_clients_500(shared, monkeypatch):
-    def broken(turns):
+    def broken(turns, short):
         raise RuntimeError("Already borrowed")
 
     with monkeypatch.context() as patch:
