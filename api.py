@@ -103,6 +103,8 @@ class Settings(BaseSettings):
     """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
+    compile: bool = True
+    """Compile the model's layers on a GPU: 25 s more before it is ready, a fifth faster then."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer, in tokens, for requests that do not say."""
     max_in_flight: int = Field(0, ge=0, le=1024)
@@ -449,6 +451,7 @@ class FlashRunner(Runner):
     # would have its layers compiled again for each step.
     step: tuple[Tensor, dict[str, Any]]
     least = 0  # tokens that warm-up pretends are cached
+    compiled: bool
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         pair = self.inputs_and_outputs.io_pairs[self.inputs_and_outputs.current_pair]
@@ -502,7 +505,7 @@ class FlashRunner(Runner):
         for layer, view in zip(layers, views, strict=True):
             # Equal sizes and no graph break let all layers share one compiled layer.
             layer.self_attn.kv_cache = view[: len(views[-1])]
-            if can_compile():
+            if self.compiled:
                 layer.compile(fullgraph=True)
         room = min(cache.num_blocks - 1, cache.max_blocks_per_request) * PAGE
         # The largest come first: the compiled kernels are tuned for the first they see.
@@ -545,7 +548,7 @@ def can_compile() -> bool:
     return compiler and header and importlib.util.find_spec("triton") is not None
 
 
-def pick_attention(device: torch.device, dtype: str) -> str:
+def pick_attention(device: torch.device, dtype: str, compiled: bool) -> str:
     """Teach the library this attention; its name, or "sdpa" where it cannot run."""
     batching.continuous_api.ModelRunner = Runner
     if device.type != "cuda":
@@ -555,7 +558,8 @@ def pick_attention(device: torch.device, dtype: str) -> str:
     if dtype == "float32" or not paged:
         logger.warning("no flash attention for float32 or this torch: 5 times slower")
         return "sdpa"
-    if not can_compile():
+    FlashRunner.compiled = compiled and can_compile()
+    if compiled > FlashRunner.compiled:
         logger.warning("no gcc, Python headers or Triton: about a fifth slower")
     # The library asks for functions of this name, and calls what is registered below.
     flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
@@ -732,7 +736,7 @@ class Engine:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=pick_attention(device, dtype),
+            attn_implementation=pick_attention(device, dtype, settings.compile),
             device_map=device if GPUS == 1 else None,
             distributed_config={"tp_plan": PLAN},  # for as many as torchrun started
             quantization_config=quantization(settings.quantize),

@@ -190,8 +190,8 @@ def main() -> None:
     del plain, rounded
     pick = api.pick_attention
 
-    def pick_forced(device: torch.device, dtype: str) -> str:
-        name = pick(device, dtype)
+    def pick_forced(*given: Any) -> str:
+        name = pick(*given)
         found = api.batching.continuous_api.ModelRunner
         errors = {name: {} for name in asked}
         Forced.known, Forced.reference, Forced.errors = asked, reference, errors

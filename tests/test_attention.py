@@ -163,7 +163,9 @@ def answers(
 def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     played_gpu.setattr(api.varlen_attn, "__kwdefaults__", {"block_table": None})
     served = model()
-    served.set_attn_implementation(api.pick_attention(torch.device("cuda"), "bfloat16"))
+    served.set_attn_implementation(
+        api.pick_attention(torch.device("cuda"), "bfloat16", True)
+    )
     played_gpu.setattr(api, "varlen_attn", reference)
     played_gpu.setattr(continuous_api, "ModelRunner", CpuRunner)
     played_gpu.setattr(continuous_api, "ContinuousBatchingIOs", CpuIOs)
@@ -209,11 +211,28 @@ def test_without_varlen_attn_the_library_attends(
     played_gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cuda = torch.device("cuda")
-    assert api.pick_attention(torch.device("cpu"), "bfloat16") == "sdpa"
-    assert api.pick_attention(cuda, "float32") == "sdpa"
+    assert api.pick_attention(torch.device("cpu"), "bfloat16", True) == "sdpa"
+    assert api.pick_attention(cuda, "float32", True) == "sdpa"
     played_gpu.setattr(api, "varlen_attn", None)
-    assert api.pick_attention(cuda, "bfloat16") == "sdpa"
+    assert api.pick_attention(cuda, "bfloat16", True) == "sdpa"
     assert len(caplog.records) == 2  # one line each says what it costs
+
+
+@pytest.mark.parametrize(
+    ("wanted", "able"), [(True, True), (True, False), (False, True), (False, False)]
+)
+def test_layers_are_compiled_if_wanted_and_possible(
+    played_gpu: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wanted: bool,
+    able: bool,
+) -> None:
+    played_gpu.setattr(api.varlen_attn, "__kwdefaults__", {"block_table": None})
+    played_gpu.setattr(api, "can_compile", lambda: able)
+    played_gpu.setattr(api.FlashRunner, "compiled", None, raising=False)
+    assert api.pick_attention(torch.device("cuda"), "bfloat16", wanted) == api.FLASH
+    assert api.FlashRunner.compiled is (wanted and able)
+    assert len(caplog.records) == (wanted and not able)  # says what it costs
 
 
 def test_compiling_needs_all_of_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
