@@ -699,8 +699,9 @@ def quantization(kind: str) -> transformers.BitsAndBytesConfig | None:
 
 
 # Characters that are tokenised on the event loop: in a millisecond or two, which handing
-# over to a thread takes, too, when many requests arrive at once.
-SHORT = 2048
+# over to a thread takes, too, when many requests arrive at once. A turn costs as much
+# as 50 more.
+SHORT, TURN_COST = 2048, 50
 
 
 class Engine:
@@ -848,7 +849,7 @@ class Engine:
             raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
         self.pending[answer.id] = answer
         turns, run = body.turns(), asyncio.get_running_loop().run_in_executor
-        if sum(len(turn.content) for turn in turns) <= SHORT:
+        if sum(TURN_COST + len(turn.content) for turn in turns) <= SHORT:
             tokens = self.template(turns, True)
         else:
             tokens = await run(self.tokenizing, self.template, turns)

@@ -86,10 +86,12 @@ def test_only_short_prompts_are_tokenised_on_the_event_loop(
         return ids
 
     monkeypatch.setattr(engine, "template", note)
-    for length in (api.SHORT, api.SHORT + 1):
-        prompt = ("a " * length)[:length]
-        assert phi4_server.post(prompt=prompt, max_new_tokens=1).status_code == 200
-    assert [short for short, _ in there] == [True, False]
+    most = api.SHORT - api.TURN_COST
+    empty = [{"role": "user", "content": ""}] * (api.SHORT // api.TURN_COST)
+    for prompt, history in (("a" * most, []), ("a" * (most + 1), []), ("a", empty)):
+        asked = phi4_server.post(prompt, history=history, max_new_tokens=1)
+        assert asked.status_code == 200
+    assert [short for short, _ in there] == [True, False, False]
     assert len({thread for _, thread in there}) == 2
 
 
