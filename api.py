@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     quantize: Literal["none", "int8", "int4"] = "none"
     """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
     compile: bool = True
-    """Compile the model's layers on a GPU: 25 s more before it is ready, a fifth faster then."""
+    """Compile the layers on a GPU: ready 25 s later, then a fifth faster."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer, in tokens, for requests that do not say."""
     max_in_flight: int = Field(0, ge=0, le=1024)
@@ -456,9 +456,9 @@ class FlashRunner(Runner):
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         pair = self.inputs_and_outputs.io_pairs[self.inputs_and_outputs.current_pair]
         host, rows = pair.host_io, len(batch_data["logits_indices"])
-        tokens, longest, full = host.num_q_tokens, host.max_length_q, host.block_table
+        tokens, longest = host.num_q_tokens, host.max_length_q
         (reach,), (past,) = host.max_length_k.values(), host.total_seqlen_k.values()
-        full, graphed = full.shape[-1] * PAGE, tokens <= GRAPHED
+        full, graphed = host.block_table.shape[-1] * PAGE, tokens <= GRAPHED
         if not graphed:  # its shape need not fit other steps too
             rows = len(host.requests_in_batch)
         elif longest > 1:
@@ -698,9 +698,9 @@ def quantization(kind: str) -> transformers.BitsAndBytesConfig | None:
     return transformers.BitsAndBytesConfig(load_in_4bit=True, **four)
 
 
-# Characters that are tokenised on the event loop: in a millisecond or two, which handing
-# over to a thread takes, too, when many requests arrive at once. A turn costs as much
-# as 50 more.
+# Characters that are tokenised on the event loop: in a millisecond or two, which
+# handing over to a thread takes, too, when many requests arrive at once. A turn costs
+# as much as 50 more.
 SHORT, TURN_COST = 2048, 50
 
 
@@ -766,7 +766,7 @@ class Engine:
         greedy = transformers.GenerationConfig(eos_token_id=self.end_tokens)
         self.manager = model.init_continuous_batching(greedy, config)
         self.manager.logit_processor.supported_keys["sampling"] = tuple
-        gc.disable()  # a collection during a capture can break it
+        gc.disable()  # nothing else may touch the GPU while a graph is captured
         self.manager.warmup()
         gc.enable()
         self.cache = self.manager.batch_processor.cache
