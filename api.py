@@ -37,6 +37,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+# cuBLASLt multiplies few rows faster than cuBLAS. torch reads this when imported.
+os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
+
 import torch
 import transformers
 import uvicorn
@@ -104,7 +107,7 @@ class Settings(BaseSettings):
     quantize: Literal["none", "int8", "int4"] = "none"
     """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
     compile: bool = True
-    """Compile the layers on a GPU: ready 25 s later, then a fifth faster."""
+    """Compile the layers on a GPU: up to 20 s once, then a quarter faster."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer, in tokens, for requests that do not say."""
     max_in_flight: int = Field(0, ge=0, le=1024)
@@ -332,6 +335,14 @@ class Runner(batching.model_runner.ModelRunner):
 
     scores: Tensor | None = None  # (rows, vocabulary) of the step
 
+    @property
+    def host(self) -> batching.input_outputs.ContinuousBatchingIOs:
+        """What the step is made of; on a GPU the next one is prepared meanwhile."""
+        ios = self.inputs_and_outputs
+        return (
+            ios.io_pairs[ios.current_pair].host_io if hasattr(ios, "io_pairs") else ios
+        )
+
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         if self.scores is None:
             rows = self.cb_config.max_requests_per_batch
@@ -344,9 +355,8 @@ class Runner(batching.model_runner.ModelRunner):
         # A CPU notices that tensors need not be watched: 3% of a step.
         with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
             super().compute_batch(model, batch_data)
-        paired = hasattr(ios, "io_pairs")  # the next step is prepared meanwhile
-        host = ios.io_pairs[ios.current_pair].host_io if paired else ios
-        states = [each.state for each in host.requests_in_batch if each.has_new_token]
+        requests = self.host.requests_in_batch
+        states = [each.state for each in requests if each.has_new_token]
         chosen = [
             (row, *state.logit_processor_kwargs["sampling"], state.position_offset)
             for row, state in enumerate(states)
@@ -395,6 +405,7 @@ PAGE = 256  # tokens in a page of the cache: the paged kernel takes no smaller o
 GRAPHED, MULTIPLE = 2048, 64
 PLANNED = 1024  # cuDNN plans 75 ms for each new length: it gets multiples of this
 NEAR = 768  # cached tokens that one block of threads reads faster than several
+sdpa = nn.functional.scaled_dot_product_attention
 
 
 @torch.library.custom_op("phi4::attend", mutates_args=("cache",))
@@ -407,14 +418,11 @@ def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
         pages = cache.unflatten(0, (-1, PAGE))
         k, v = pages[:-1], pages[1:]
     elif len(options["cu_seq_q"]) == 2:  # one prompt: cuDNN takes half the time
-        more = (0, 0, 0, 0, 0, -len(q) % PLANNED)
+        more = 0, 0, 0, 0, 0, -len(q) % PLANNED
         padded = (nn.functional.pad(x, more).transpose(0, 1)[None] for x in (q, k, v))
-        with sdpa_kernel(
-            [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], True
-        ):
-            out = nn.functional.scaled_dot_product_attention(
-                *padded, is_causal=True, scale=scale, enable_gqa=True
-            )
+        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        with sdpa_kernel(order, set_priority=True):
+            out = sdpa(*padded, is_causal=True, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)[: len(q)].contiguous()
     return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **options)
 
@@ -432,13 +440,11 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
 class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     """Lists the pages of all requests, where the library does for decoding alone."""
 
-    graph_key: tuple[int, ...]
-
     def prepare_batch_tensors(self, requests: list, *options: Any) -> None:
         super().prepare_batch_tensors(requests, options[0], True, *options[2:])
 
     def _get_graph_key(self) -> tuple[int, ...]:
-        return self.graph_key
+        return FlashRunner.shape
 
 
 class FlashRunner(Runner):
@@ -447,50 +453,46 @@ class FlashRunner(Runner):
     A page of the cache holds the keys of its tokens, and the next page their values.
     """
 
+    shape: tuple[int, int, int, int]  # tokens, longest row, rows, most keys of a row
     # Slots of the new tokens and options of the kernel. Passed through the model they
     # would have its layers compiled again for each step.
     step: tuple[Tensor, dict[str, Any]]
     least = 0  # tokens that warm-up pretends are cached
     compiled: bool
 
-    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
-        pair = self.inputs_and_outputs.io_pairs[self.inputs_and_outputs.current_pair]
-        host, rows = pair.host_io, len(batch_data["logits_indices"])
-        tokens, longest = host.num_q_tokens, host.max_length_q
+    def _get_forward_fn(self, use_block_table: bool) -> tuple:
+        """What runs the step, and whether that is a CUDA graph."""
+        host, tokens = self.host, self.host.num_q_tokens
+        longest, rows = host.max_length_q, len(host.requests_in_batch)
         (reach,), (past,) = host.max_length_k.values(), host.total_seqlen_k.values()
-        full, graphed = host.block_table.shape[-1] * PAGE, tokens <= GRAPHED
-        if not graphed:  # its shape need not fit other steps too
-            rows = len(host.requests_in_batch)
-        elif longest > 1:
-            longest, reach = tokens, full
-        else:
-            reach = NEAR if max(reach, self.least) <= NEAR else full
-        self.use_cuda_graph_decode = graphed and self.use_cuda_graph_varlen
-        self.rows, pair.device_io.graph_key = rows, (tokens, longest, rows, reach)
+        graphed = tokens <= GRAPHED
         # Without anything cached the new keys are enough.
         self.paged = graphed or past > host.total_seqlen_q
-        self.options = {
-            "max_q": longest,
-            "max_k": reach,
-            # The kernel groups the heads of a single token, but not if it is causal.
-            "window_size": (-1, 0 if longest > 1 else -1),
-            "num_splits": 1 if longest > 1 or reach == NEAR else None,
-        }
-        super().compute_batch(model, batch_data)
+        if graphed:  # its shape has to fit other steps too
+            near = longest == 1 and max(reach, self.least) <= NEAR
+            reach = NEAR if near else host.block_table.shape[-1] * PAGE
+            longest = 1 if longest == 1 else tokens
+            rows = min(tokens, host.max_requests_per_batch)
+        FlashRunner.shape = tokens, longest, rows, reach
+        return self._forward_process_and_sample, graphed and self.use_cuda_graph_varlen
 
     def _forward_process_and_sample(
         self, model: nn.Module, batch: dict, *io: Any
     ) -> None:
-        starts, (ends,) = batch["cu_seq_lens_q"], batch["cu_seq_lens_k"].values()
+        tokens, longest, rows, reach = self.shape
         (table,), (place,) = batch["block_table"], batch["position_ids"].long()
+        starts, (ends,) = batch["cu_seq_lens_q"], batch["cu_seq_lens_k"].values()
         # Padding belongs to a row after the last, whose page is -1. Clamped, that is
         # a page of no request.
-        index = torch.arange(len(place), device=place.device, dtype=starts.dtype)
+        index = torch.arange(tokens, device=place.device, dtype=starts.dtype)
         row = torch.bucketize(index, starts[1:], right=True)
         page = nn.functional.pad(table, (0, 0, 0, 1), value=-1)[row, place // PAGE]
         slots = (page * PAGE + place % PAGE).clamp(min=0)
-        rows, ends = self.rows, ends[: self.rows + 1]
-        options = {"cu_seq_q": starts[: rows + 1], "cu_seq_k": ends} | self.options
+        starts, ends = starts[: rows + 1], ends[: rows + 1]
+        options = {"cu_seq_q": starts, "cu_seq_k": ends, "max_q": longest}
+        # The kernel groups the heads of a single token, but not if it is causal.
+        options |= {"max_k": reach, "window_size": (-1, 0 if longest > 1 else -1)}
+        options["num_splits"] = 1 if longest > 1 or reach == NEAR else None
         if self.paged:
             options |= {"seqused_k": ends.diff(), "block_table": table[:rows]}
         FlashRunner.step = torch.cat((slots, slots + PAGE)), options
@@ -536,8 +538,7 @@ def cpu_attention(
     if options.get("cache") is None or options.get("softcap"):
         return sdpa_attention_forward(module, q, k, v, mask, **options)
     k, v = options["cache"].update(k, v, module.layer_idx, options)
-    options = {"attn_mask": mask, "scale": options["scaling"], "enable_gqa": True}
-    out = nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    out = sdpa(q, k, v, mask, scale=options["scaling"], enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 

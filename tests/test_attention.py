@@ -196,7 +196,9 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     single: list[Any] = []
     kernel = api.sdpa_kernel
     played_gpu.setattr(
-        api, "sdpa_kernel", lambda *given: single.append(given) or kernel(*given)
+        api,
+        "sdpa_kernel",
+        lambda given, **more: single.append(given) or kernel(given, **more),
     )
     assert answers(served, [prompts[6]]) == [mixed[6]]
     assert len(single) == 9  # in 3 layers: two sizes of the warm-up, then the prompt

@@ -233,10 +233,12 @@ def test_import_loads_nothing_and_parses_nothing() -> None:
 
     program = (
         "import sys; sys.argv += ['--nonsense']; import api; "
-        "assert api.app.state.engine.manager is None; print(type(api.app).__name__)"
+        "assert api.app.state.engine.manager is None; print(type(api.app).__name__); "
+        "print(api.torch.backends.cuda.preferred_blas_library())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
-    assert done.stdout == "FastAPI\n", done.stderr
+    # The library for matrices can only be chosen before torch is imported.
+    assert done.stdout == "FastAPI\n_BlasBackend.Cublaslt\n", done.stderr
     assert api.Settings().port == 6006 and api.Settings().host == "0.0.0.0"
