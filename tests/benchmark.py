@@ -744,6 +744,9 @@ def draw(source: Path, target: Path) -> None:
             axes.plot(
                 *zip(*points, strict=True), line, marker="o", color=color, label=label
             )
+        last = results["options"]["clients"][-1]
+        if way == TUTORIAL and points and points[-1][0] < last:  # one at a time
+            axes.plot((points[-1][0], last), (points[-1][1],) * 2, ":", color=color)
         for x, y in points:
             others = [
                 row[name]
