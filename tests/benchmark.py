@@ -369,9 +369,16 @@ def serve_tutorial(arguments: list[str]) -> None:
 
 
 def serve_endless(arguments: list[str]) -> None:
-    """`python api.py ARGUMENTS` with one difference: no token ends an answer."""
+    """`python api.py ARGUMENTS`, but no token ends an answer; perhaps with less memory."""
     import api
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gpu-gib", type=float)
+    options, arguments = parser.parse_known_args(arguments)
+    if options.gpu_gib:
+        cuda = api.torch.cuda
+        share = options.gpu_gib * 2**30 / cuda.get_device_properties(0).total_memory
+        cuda.set_per_process_memory_fraction(share, api.RANK)
     load = api.Engine.load
 
     def load_endless(engine: Any) -> None:
@@ -834,6 +841,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", default="auto", help="auto, bfloat16 or float32")
     add("--threads", type=int, default=0, help="of each server; default: torch's")
     add("--gpus", type=int, default=1, help="of this server, through torchrun")
+    add("--gpu-gib", type=float, default=0, help="of each GPU, for this server")
     add("--cold", action="store_true", help="load from disk, not from memory")
     add("--out", type=Path, default=Path("results.json"))
     add("server", nargs="*", help=argparse.SUPPRESS)
@@ -845,6 +853,8 @@ def ways_to_measure(options: argparse.Namespace) -> list[Way]:
     common += ["--dtype", options.dtype]
     new_tokens = ["--new-tokens", str(options.new_tokens)]
     server = ["--host", "127.0.0.1", *options.server]
+    if options.gpu_gib:
+        server += ["--gpu-gib", str(options.gpu_gib)]
     levels = options.tutorial_clients or options.clients
     ways = [
         Way(TUTORIAL, ["tutorial", *common, *new_tokens], ask_tutorial, levels, 0),

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import benchmark
+import engine_alone
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import api
 import model_download
 
 NEW_TOKENS = 24
@@ -336,3 +339,49 @@ def test_a_server_that_does_not_start_is_one_error_with_its_log(tmp_path: Path) 
 def test_several_gpus_are_for_this_server_alone() -> None:
     options = benchmark.parse(["--model", "folder", "--gpus", "2"])
     assert [way.gpus for way in benchmark.ways_to_measure(options)] == [1, 2]
+
+
+def test_the_server_can_be_held_to_part_of_each_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--model", "folder", "--device", "cuda", "--gpu-gib", "24"]
+    tutorial, server = benchmark.ways_to_measure(benchmark.parse(arguments))
+    assert "--gpu-gib" not in tutorial.command
+    for name in ("load", "main"):  # which the next call replaces, and calls
+        owner = api.Engine if name == "load" else api
+        monkeypatch.setattr(owner, name, lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: held.append(given)
+    )
+    monkeypatch.setattr(api, "RANK", 1)
+    held: list[tuple[float, int]] = []
+    with pytest.raises(SystemExit):
+        benchmark.serve_endless(server.command[1:])
+    assert held == [(0.3, 1)]  # of this process's GPU
+    assert sys.argv[0] == "api.py" and "--gpu-gib" not in sys.argv
+
+
+def test_the_engine_is_measured_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = f"x --model {folder} --device cpu --longest 60 --most 8 --lengths 2"
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), "--new-tokens", "4"])
+    engine_alone.main()
+    lines = capsys.readouterr().out.splitlines()
+    begun = [line.split(":")[0] for line in lines]
+    assert begun == [
+        "60 tokens alone, first token ms",
+        "the same back to back",
+        "60 tokens alone, first token ms",
+        "prefill, 8 x 60, tokens/s",
+        "prefill, 2 x 15, tokens/s",
+        "60 tokens before",
+        "60 tokens before",
+        "first of a length / later, the worst of 2",
+        "1 in flight",
+        "8 in flight",
+    ]
+    assert all(float(number) > 0 for number in re.findall(r"\d+\.\d", "".join(lines)))
