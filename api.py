@@ -26,7 +26,6 @@ import secrets
 import shutil
 import signal
 import socket
-import sys
 import sysconfig
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -72,7 +71,8 @@ except ImportError:
     varlen_attn = None
 
 logger = logging.getLogger("phi4")
-# Under torchrun each GPU has a process: number 0 serves, the others follow.
+# Under torchrun each GPU has a process: number 0 serves, the others follow. A RANK
+# that something else has set counts for nothing.
 GPUS = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0")) % GPUS
 
@@ -158,7 +158,7 @@ class Settings(BaseSettings):
 Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-Tokens = Annotated[int, Field(ge=1)] | None
+Limit = Annotated[int, Field(ge=1)] | None
 Finish = Literal["stop", "length"]
 
 
@@ -175,6 +175,7 @@ class Sampling(Strict):
     """What both routes accept; null means the default."""
 
     stream: bool | None = None
+    """Send the answer as it is made, as server-sent events."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0, the default, always takes the likeliest token."""
     top_p: float | None = Field(None, gt=0, le=1)
@@ -206,12 +207,15 @@ class ChatAnswer(BaseModel):
 EXAMPLE = {"prompt": "What is the capital of France?", "history": []}
 
 
-class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
+class ChatRequest(Sampling, json_schema_extra={"example": EXAMPLE}):
     """The body of `POST /`."""
 
     prompt: Text = Field(min_length=1)
-    history: list[Turn] = []
-    max_new_tokens: Tokens = None
+    """What the user says next."""
+    history: list[Turn] = Field([], fail_fast=True)
+    """The conversation before it, as the last answer gave it."""
+    max_new_tokens: Limit = None
+    """Longest answer in tokens; the default is 512, or what the context has left."""
 
     def turns(self) -> list[Turn]:
         return [*self.history, Turn(role="user", content=self.prompt)]
@@ -229,14 +233,21 @@ class ChatRequest(Sampling, json_schema_extra={"examples": [EXAMPLE]}):
             yield to_json(self.answer(done))
 
 
-class TextPart(Strict):
+class StreamOptions(Strict, extra="ignore"):
+    include_usage: bool | None = None
+
+
+class TextFormat(Strict, extra="ignore"):
     type: Literal["text"]
+
+
+class TextPart(TextFormat):
     text: Text
 
 
 class OpenAITurn(Strict, extra="ignore"):
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     def turn(self) -> Turn:
         parts = [self.content] if isinstance(self.content, str) else self.content
@@ -269,7 +280,7 @@ class ModelList(BaseModel):
 
 
 TURN = {"role": "user", "content": "What is 2 + 2?"}
-OPENAI = {"examples": [{"model": "phi-4", "messages": [TURN]}]}
+OPENAI = {"example": {"model": "phi-4", "messages": [TURN]}}
 
 
 class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
@@ -277,18 +288,18 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
     listed ones that this server cannot honour take their neutral value only."""
 
     model: Text | None = None
-    messages: list[OpenAITurn] = Field(min_length=1)
-    max_tokens: Tokens = None
-    max_completion_tokens: Tokens = None
-    stream_options: dict[str, bool | None] | None = None
+    messages: list[OpenAITurn] = Field(min_length=1, fail_fast=True)
+    max_tokens: Limit = None
+    max_completion_tokens: Limit = None
+    stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: TextFormat | None = None
     logprobs: Annotated[bool, Field(le=False)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     def turns(self) -> list[Turn]:
         return [message.turn() for message in self.messages]
@@ -315,7 +326,7 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra=OPENAI):
             yield chunk({"content": delta})
         if done.finish_reason:
             yield chunk({}, done.finish_reason)
-            if (self.stream_options or {}).get("include_usage"):
+            if self.stream_options and self.stream_options.include_usage:
                 yield to_json(head | {"choices": [], "usage": done.usage()})
             yield b"[DONE]"
 
@@ -373,7 +384,8 @@ class Runner(batching.model_runner.ModelRunner):
             noise = torch.empty_like(scores)
             for line, (*_, seed, position) in zip(noise, chosen, strict=True):
                 # The same seed and position give the same noise whatever else is in
-                # the batch; the position is right after a preemption, too.
+                # the batch; the position is right after a preemption, too. Hashed,
+                # because a CPU's generator looks at 32 bits of its seed.
                 key = hash((*divmod(seed % 2**64, 2**32), position)) % 2**63
                 line.exponential_(generator=torch.Generator(device).manual_seed(key))
             ios.output_ids[0, rows.long()] = draw(scores, noise, *limits).int()
@@ -560,7 +572,7 @@ def pick_attention(device: torch.device, dtype: str, compiled: bool) -> str:
         logger.warning("no flash attention for float32 or this torch: 5 times slower")
         return "sdpa"
     FlashRunner.compiled = compiled and can_compile()
-    if compiled > FlashRunner.compiled:
+    if compiled and not FlashRunner.compiled:
         logger.warning("no gcc, Python headers or Triton: about a fifth slower")
     # The library asks for functions of this name, and calls what is registered below.
     flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
@@ -679,7 +691,8 @@ def preflight(settings: Settings) -> torch.device:
     if cuda.get_device_capability(device) < (8, 0) and not full:
         hint = "--dtype float32 runs on it, slowly, in twice the memory"
         raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
-    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * size
+    files = [] if settings.demo else folder.glob("*.safetensors")
+    weights = sum(file.stat().st_size for file in files) * size
     needed = weights * (1 + full) / GPUS / 2**30 + 2
     if (free := cuda.mem_get_info(device)[0] / 2**30) < needed:
         raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
@@ -749,8 +762,10 @@ class Engine:
         ends |= {*own} if isinstance(own, list) else {own}
         self.end_tokens = sorted(ends - {None})
         self.token_bytes = bytes_of_tokens(self.tokenizer, self.end_tokens)
-        if len(self.token_bytes) > model.config.vocab_size:
+        spare = model.config.vocab_size - len(self.token_bytes)
+        if spare < 0:
             raise ValueError("the tokenizer has more tokens than the model")
+        self.token_bytes += [b""] * spare  # a model can say what no tokenizer knows
         page, cache, batch = (PAGE, 0, 8192) if gpu else (16, 16384, 256)
         self.rows, self.most = settings.places(gpu)
         context = model.config.max_position_embeddings
@@ -780,6 +795,12 @@ class Engine:
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
         tokenizer = self.short_tokenizer if short else self.tokenizer
         return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
+    def late_template(self, turns: list[Turn], answer: Answer) -> list[int]:
+        """The same in a thread, where its turn may come when nobody waits any more."""
+        if answer.error:
+            raise answer.error
+        return self.template(turns)
 
     async def run(self) -> None:
         """Load, then watch: a generation thread that died is started again; one that
@@ -832,18 +853,18 @@ class Engine:
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
         if self.state != "ok":
             return self.state
-        stopped = self.manager.background_thread_status.can_accept_new_requests()
-        return "down" if stopped else "ok"
+        reason = self.manager.background_thread_status.can_accept_new_requests()
+        return "down" if reason else "ok"
 
     async def close(self) -> None:
         self.state = "draining"
         self.release_all(Unavailable("the server is leaving"))
         if self.manager is not None:
-            await asyncio.to_thread(self.manager.stop, True, 15, False, True)
+            await asyncio.to_thread(self.manager.stop, timeout=15, hard_stop=True)
 
     async def submit(self, body: Asked, answer: Answer) -> None:
         """Admit, template and submit a request: its answer grows from then on, until
-        it is released. Raises HTTPException: 400, 503 or 504."""
+        it is released. Raises HTTPException: 400, 499, 503 or 504."""
         if self.status != "ok":
             raise Unavailable(f"the server is {self.status}")
         if len(self.pending) >= self.most:
@@ -853,16 +874,17 @@ class Engine:
         if sum(TURN_COST + len(turn.content) for turn in turns) <= SHORT:
             tokens = self.template(turns, True)
         else:
-            tokens = await run(self.tokenizing, self.template, turns)
+            tokens = await run(self.tokenizing, self.late_template, turns, answer)
         if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
-        answer.prompt_tokens, wanted = len(tokens), body.max_new_tokens
+        if answer.error:
+            raise answer.error
+        wanted = body.max_new_tokens
         limit = min(wanted or self.settings.max_new_tokens, self.capacity - len(tokens))
         if limit < (wanted or 1):
             need = f"{len(tokens)} prompt tokens and {wanted or 'any'} new ones"
             raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
-        if answer.error:
-            raise answer.error
+        answer.prompt_tokens = len(tokens)
         options = {"eos_token_id": self.end_tokens} | body.sampling()
         if not self.manager.add_request(tokens, answer.id, limit, True, **options):
             raise Unavailable("the engine is restarting")
@@ -977,15 +999,19 @@ async def problem(request: Request, error: Any) -> Response:
     status = getattr(error, "status_code", 500)
     detail = message = getattr(error, "detail", "internal error: see the server's log")
     if isinstance(error, RequestValidationError):
-        keys = "loc", "msg", "type"  # not the input: JSON may not be able to spell it
-        detail = [{key: each[key] for key in keys} for each in error.errors()]
-        status, param = 400 if openai else 422, ".".join(map(str, detail[0]["loc"][1:]))
-        message = f"{param}: {detail[0]['msg']}"
+        keys = "type", "loc", "msg", "ctx"  # not the input: JSON may not spell it
+        detail = [{k: e[k] for k in keys if k in e} for e in error.errors()[:16]]
+        for each in detail:  # without pydantic's names for one of several types
+            each["loc"] = [part for part in each["loc"] if "[" not in str(part)]
+        deepest = max(detail, key=lambda each: len(each["loc"]))
+        status, param = 400 if openai else 422, ".".join(map(str, deepest["loc"][1:]))
+        message = f"{param or 'body'}: {deepest['msg']}"
     kind = "invalid_request_error" if status < 500 else "server_error"
-    parts = {"message": message, "type": kind, "param": param, "code": None}
+    parts = {"message": message, "type": kind, "param": param or None, "code": None}
     content = {"error": parts} if openai else {"detail": detail}
     headers = getattr(error, "headers", None)
-    return Response(json.dumps(content), status, headers, "application/json")
+    text = json.dumps(content, default=str)
+    return Response(text, status, headers, "application/json")
 
 
 class Problem(BaseModel):
@@ -1002,11 +1028,11 @@ class Health(BaseModel):
     device: str
 
 
-def answers(problem: type[BaseModel]) -> dict[int | str, Any]:
+def answers(kind: type[BaseModel]) -> dict[int | str, Any]:
     """The other answers of a chat route, for the documentation."""
     codes = 400, 401, 408, 413, 500, 503, 504
-    events = {200: {"content": {"text/event-stream": {}}}}
-    return events | {code: {"model": problem} for code in codes}
+    stream = {200: {"content": {"text/event-stream": {}}}}
+    return stream | {code: {"model": kind} for code in codes}
 
 
 # `admit` checks the key, before the body is read; this documents it.
@@ -1045,7 +1071,8 @@ async def health(request: Request, response: Response) -> Health:
     engine: Engine = request.app.state.engine
     response.status_code = 200 if engine.status == "ok" else 503
     name = engine.name + " (demo model, not phi-4)" * engine.settings.demo
-    return Health(status=engine.status, model=name, device=str(engine.device))
+    device = str(engine.device or engine.settings.device)
+    return Health(status=engine.status, model=name, device=device)
 
 
 @public.get("/docs", include_in_schema=False)
@@ -1078,7 +1105,10 @@ async def metrics(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     IN_FLIGHT.set(min(len(engine.pending), engine.rows))
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
-    CACHE.set(1 - engine.cache.compute_free_capacity())
+    cache, (owner,) = engine.cache, engine.cache.cache_allocators.values()
+    kept = len(owner.ledger.cached_blocks) * owner.bytes_per_block  # given up at need
+    free = cache.compute_free_capacity(relative=False) + kept
+    CACHE.set(1 - free / (cache.num_sectors * cache.bytes_per_sector))
     kind = exposition.CONTENT_TYPE_LATEST
     return Response(exposition.generate_latest(), media_type=kind)
 
@@ -1103,19 +1133,15 @@ async def admit(request: Request) -> Message:
     if {"content-length", "transfer-encoding"} <= {*request.headers}:
         why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
         raise HTTPException(400, why, CLOSING)
-    body, size, most = bytearray(), 0, settings.max_body_bytes
+    body, most = bytearray(), settings.max_body_bytes
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for piece in request.stream():
-                size += len(piece)
-                if size <= most:
-                    body += piece
-                elif size > 16 * most:  # not at once: a reset would overtake the answer
-                    break
+                body += piece
+                if len(body) > most:  # uvicorn reads the rest, and drops it
+                    raise HTTPException(413, f"the body has over {most} bytes")
     except (TimeoutError, ClientDisconnect) as error:
         raise HTTPException(408, "the body came too slowly", CLOSING) from error
-    if size > most:
-        raise HTTPException(413, f"the body has over {most} bytes", CLOSING)
     return {"type": "http.request", "body": bytes(body)}
 
 
@@ -1129,7 +1155,7 @@ class Observe:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request, started, status = Request(scope, receive), time.monotonic(), 500
+        request, started, status = Request(scope, receive), time.monotonic(), 0
         given = request.headers.get("x-request-id", "")
         valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
         request_id, bodies = given if valid else secrets.token_hex(8), []
@@ -1147,14 +1173,18 @@ class Observe:
 
         try:
             with suppress(asyncio.CancelledError):  # the server has to leave
-                app = self.app
                 try:
                     bodies.append(await admit(request))
-                except HTTPException as error:
-                    app = await problem(request, error)
-                await app(scope, receive_again, labelled_send)
+                    await self.app(scope, receive_again, labelled_send)
+                except Exception as error:
+                    if not isinstance(error, HTTPException):
+                        logger.exception("%s failed", request_id)
+                    if not status:  # or it is too late for another answer
+                        response = await problem(request, error)
+                        await response(scope, receive_again, labelled_send)
         finally:
-            REQUESTS.labels(getattr(scope.get("route"), "path", "other"), status).inc()
+            route, status = getattr(scope.get("route"), "path", "other"), status or 500
+            REQUESTS.labels(route, status).inc()
             path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
             line = f"{request_id} {request.method} {path} {status}"
             if answer := getattr(request.state, "answer", None):
@@ -1181,7 +1211,7 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
         running.cancel()
         await engine.close()
 
-    handled = HTTPException, RequestValidationError, Exception
+    handled = HTTPException, RequestValidationError
     app = FastAPI(
         title="phi-4 chat server",
         description=DEMO_NOTE if settings.demo else f"Serving {engine.name}.",
@@ -1291,6 +1321,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
+    # h11, because uvicorn's other parser has no limit for headers.
     options = {"log_config": None, "http": "h11", "timeout_graceful_shutdown": 5}
     server = Server(uvicorn.Config(create_app(settings), **options))
     if settings.demo:
@@ -1303,7 +1334,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # With several GPUs without Python's teardown, which can wait for NCCL.
-    (os._exit if GPUS > 1 else sys.exit)(main())
+    # Without Python's teardown, which waits for NCCL and for threads that hang.
+    os._exit(main())
 
 app = create_app()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import requests
+import tiny
 import torch
 import transformers
 from conftest import DEADLINE, Running, running, wait_until
@@ -172,6 +173,19 @@ def test_ids_the_model_cannot_embed_are_refused(
     assert submit(server, monkeypatch, tokens).status_code == 500
     still_serves(server)
     assert server.engine.manager._generation_thread is thread
+
+
+def test_a_token_that_the_tokenizer_does_not_know_is_no_text(tmp_path: Path) -> None:
+    tokenizer = tiny.tiny_model(tmp_path, eos="never")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) + 7, 0] = tiny.CERTAIN
+    model.save_pretrained(tmp_path)
+    with running(model=tmp_path) as padded:
+        response = padded.post(max_new_tokens=4)
+        assert response.json()["response"] == ""
+        assert response.headers["X-Completion-Tokens"] == "4"
 
 
 def test_more_tokens_than_the_cache_are_refused(

@@ -8,6 +8,7 @@ import random
 import socket
 import zlib
 
+import pydantic
 import pytest
 import requests
 from conftest import wait_until
@@ -235,6 +236,14 @@ BAD_JSON = {
     "a huge limit": fields(max_new_tokens=10**4000, max_tokens=10**4000, n=2),
     "a huge integer as float": fields(temperature=10**400),
     "a huge seed": fields(seed=2**63),
+    "many wrong turns": fields(history=[0] * 300_000, messages=[0] * 300_000),
+    "many empty turns": fields(history=[{}] * 200_000, messages=[{}] * 200_000),
+    "many wrong parts": fields(prompt=1, messages=[turn("user", [0] * 300_000)]),
+    "many wrong fields": fields(temperature=9, **{f"{n}": 0 for n in range(70_000)}),
+    "many formats": fields(response_format={f"{n}": 0 for n in range(70_000)}),
+    "many stream options": fields(
+        n=2, stream_options={f"{n}": 0 for n in range(70_000)}
+    ),
     "a UTF-16 body": json.dumps({"a": "b"}).encode("utf-16"),
     "a byte order mark": b"\xef\xbb\xbf{}",
     "gzip": gzip.compress(fields()),
@@ -402,3 +411,22 @@ def test_a_path_cannot_write_lines_of_its_own_into_the_log(server, caplog):
     requests.get(server.url + "/x%0aforged%1b[31m%e2%80%a8", timeout=60)
     wait_until(lambda: "/x" in caplog.text)
     assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (api.ChatRequest, "history", [0] * 1000),
+        (api.OpenAIRequest, "messages", [{}] * 1000),
+        (api.OpenAIRequest, "messages", [turn("user", [0] * 1000)]),
+        (api.OpenAIRequest, "response_format", dict.fromkeys("abcdefgh", 0)),
+        (api.OpenAIRequest, "stop", [0] * 1000),
+    ],
+)
+def test_of_many_wrong_things_the_first_is_enough(kind, field, value):
+    """A description of each would take the event loop seconds."""
+    with pytest.raises(pydantic.ValidationError) as told:
+        kind.model_validate(
+            {"prompt": "x", "messages": [turn("user", "x")]} | {field: value}
+        )
+    assert told.value.error_count() < 8

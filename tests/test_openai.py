@@ -347,6 +347,25 @@ def test_what_would_change_the_answer_is_refused_by_name(server, field, value):
     assert error["type"] == "invalid_request_error"
 
 
+def test_an_error_names_the_field_and_nothing_of_the_program(server):
+    for path, body in (
+        ("/", {"prompt": "x", "stop": ""}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "stop": "x" * 300},
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}),
+        ("/v1/chat/completions", []),
+    ):
+        answer = requests.post(server.url + path, json=body, timeout=DEADLINE)
+        assert answer.status_code in (400, 422)
+        assert "function" not in answer.text and "0x" not in answer.text
+        if "messages" in body and "stop" not in body:
+            assert error_of(answer)["param"] == "messages.0.content.0.type"
+        elif path != "/":
+            assert error_of(answer)["param"] == (None if body == [] else "stop")
+
+
 def test_what_changes_nothing_is_ignored(server):
     harmless = {
         "user": "u-1", "store": False, "metadata": {"a": "b"}, "service_tier": "auto",
@@ -355,6 +374,8 @@ def test_what_changes_nothing_is_ignored(server):
         "logit_bias": {}, "response_format": {"type": "text"}, "functions": None,
         "tool_choice": "none", "modalities": ["text"], "prediction": None,
     }  # fmt: skip
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    harmless["messages"] = [{"role": "user", "content": [part]}]
     response = ask(server, max_tokens=2, **harmless)
     assert response.status_code == 200, response.text
 

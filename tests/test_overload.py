@@ -229,6 +229,14 @@ def test_the_413_reaches_a_client_that_is_still_sending(tiny_folder):
             assert connection.recv(12) == b"HTTP/1.1 413"
 
 
+def test_the_413_comes_before_the_rest_of_the_body(tiny_folder):
+    with gated(tiny_folder, max_body_bytes=4096, body_timeout=6000) as served:
+        head = HEAD + b"Content-Length: 1000000000\r\n\r\n"
+        with connect(served, head + b"[" * 8192) as connection:
+            assert connection.recv(12) == b"HTTP/1.1 413"
+        assert works(served)
+
+
 def test_the_time_limit_counts_waiting_and_frees_the_place(tiny_folder):
     with gated(tiny_folder, request_timeout=0.5) as served:
         served.gate.open.clear()
@@ -407,7 +415,7 @@ def test_a_generation_thread_that_just_ends_is_started_again(shared):
     assert works(shared)
 
 
-def test_a_tokenizer_that_raises_is_one_clients_500(shared, monkeypatch):
+def test_a_tokenizer_that_raises_is_one_clients_500(shared, monkeypatch, caplog):
     def broken(turns, short):
         raise RuntimeError("Already borrowed")
 
@@ -417,7 +425,33 @@ def test_a_tokenizer_that_raises_is_one_clients_500(shared, monkeypatch):
             answer = shared.post(stream=stream)
             assert answer.status_code == 500
             assert "borrowed" not in answer.text
+            number = answer.headers["X-Request-ID"]
+            (told,) = [each for each in caplog.records if each.exc_info]
+            assert number in told.getMessage() and "borrowed" in told.exc_text
+            caplog.clear()
     assert works(shared)
+
+
+def test_nothing_is_templated_for_clients_who_have_left(shared, monkeypatch):
+    template, seen, held = shared.engine.template, [], threading.Event()
+
+    def noted(turns, short=False):
+        seen.append(len(turns[0].content))
+        return template(turns, short)
+
+    monkeypatch.setattr(shared.engine, "template", noted)
+    shared.engine.tokenizing.submit(held.wait)
+    try:
+        body = json.dumps({"prompt": "x " * 1500, "history": []}).encode()
+        head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+        with connect(shared, head + body):
+            wait_until(lambda: shared.engine.pending)
+        wait_until(lambda: not shared.engine.pending)
+    finally:
+        held.set()
+    shared.engine.tokenizing.submit(int).result()  # it has nothing else to do
+    assert works(shared)
+    assert seen and 3000 not in seen
 
 
 def test_a_hanging_forward_pass_ends_the_process(tiny_folder):
@@ -464,6 +498,20 @@ def test_a_hang_ends_the_real_process_with_its_exit_code(tiny_folder, tmp_path):
         assert process.wait(60) == 70
         assert "--stall-timeout" in process.log()
         assert "Traceback" not in process.log()
+
+
+LINGERS = """
+import threading
+threading.Thread(target=threading.Event().wait).start()
+"""
+
+
+def test_leaving_does_not_wait_for_a_thread_that_hangs(tiny_folder, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(LINGERS)
+    options = ("--model", str(tiny_folder), "--device", "cpu")
+    with spawned(*options, PYTHONPATH=str(tmp_path)) as process:
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_a_hang_is_noticed_when_its_clients_have_given_up(tiny_folder):

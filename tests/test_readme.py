@@ -39,11 +39,11 @@ NOT_RUN = {
     "pip install -r requirements.txt && python api.py --demo": ".ci/run does",
     "pip install -r tests/requirements.txt && python -m pytest": ".ci/run does",
     "docker run ": "needs a Docker daemon and a GPU",
+    "pip install torch==2.13.0+cu126 ": "would replace the torch that is here",
 }
 # Commands that install what is installed here, so that no index is asked.
 INSTALLED = (
     "pip install -i ",
-    "pip install torch",
     "pip install -r requirements.txt '",
 )
 # Beginnings of commands whose options are checked, because phi-4 itself is too large.

@@ -175,6 +175,15 @@ def test_card_that_is_too_small(gpu: dict, tiny_folder: Path) -> None:
         api.preflight(api.Settings(model=tiny_folder))
 
 
+def test_the_demo_does_not_need_the_room_of_the_other_model(
+    gpu: dict, tmp_path: Path
+) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(29 * 10**9)
+    gpu["free"] = 8 * 2**30
+    assert api.preflight(api.Settings(model=tmp_path, demo=True)).type == "cuda"
+
+
 def test_driver_too_old(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def old(*_: Any) -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found 12020)")
