@@ -588,6 +588,8 @@ async def measure(ways: list[Way], options: argparse.Namespace) -> list[dict[str
             for way in group:
                 await stack.enter_async_context(way.running())
                 await run_level(way, 1, [make(32)], options.new_tokens, 0)  # warm up
+            names = " and ".join(way.name for way in group)
+            print(f"{names}: ready, a line follows each measurement", file=sys.stderr)
             for repeat, clients in (
                 (repeat, level)
                 for repeat in range(options.repeat)
