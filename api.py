@@ -1133,15 +1133,19 @@ async def admit(request: Request) -> Message:
     if {"content-length", "transfer-encoding"} <= {*request.headers}:
         why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
         raise HTTPException(400, why, CLOSING)
-    body, most = bytearray(), settings.max_body_bytes
+    body, size, most = bytearray(), 0, settings.max_body_bytes
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for piece in request.stream():
-                body += piece
-                if len(body) > most:  # uvicorn reads the rest, and drops it
-                    raise HTTPException(413, f"the body has over {most} bytes")
+                size += len(piece)
+                if size <= most:
+                    body += piece
+                elif size > 16 * most:  # not at once: a reset would overtake the answer
+                    break
     except (TimeoutError, ClientDisconnect) as error:
         raise HTTPException(408, "the body came too slowly", CLOSING) from error
+    if size > most:  # uvicorn reads the rest, if there is any, and drops it
+        raise HTTPException(413, f"the body has over {most} bytes")
     return {"type": "http.request", "body": bytes(body)}
 
 

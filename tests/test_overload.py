@@ -229,11 +229,12 @@ def test_the_413_reaches_a_client_that_is_still_sending(tiny_folder):
             assert connection.recv(12) == b"HTTP/1.1 413"
 
 
-def test_the_413_comes_before_the_rest_of_the_body(tiny_folder):
-    with gated(tiny_folder, max_body_bytes=4096, body_timeout=6000) as served:
-        head = HEAD + b"Content-Length: 1000000000\r\n\r\n"
-        with connect(served, head + b"[" * 8192) as connection:
+def test_the_413_reaches_a_client_however_long_its_body_is(tiny_folder):
+    with gated(tiny_folder, max_body_bytes=4096) as served:
+        head = HEAD + b"Content-Length: 5000000\r\n\r\n"
+        with connect(served, head + b"[" * 80_000) as connection:
             assert connection.recv(12) == b"HTTP/1.1 413"
+            connection.sendall(b"[" * 4_920_000)  # without a reset
         assert works(served)
 
 
@@ -452,6 +453,35 @@ def test_nothing_is_templated_for_clients_who_have_left(shared, monkeypatch):
     shared.engine.tokenizing.submit(int).result()  # it has nothing else to do
     assert works(shared)
     assert seen and 3000 not in seen
+
+
+def test_a_prompt_whose_client_left_meanwhile_is_not_computed(shared, monkeypatch):
+    template, add = shared.engine.template, shared.engine.manager.add_request
+    begun, left, added = threading.Event(), threading.Event(), []
+
+    def slow(turns, short=False):
+        if not short:
+            begun.set()
+            left.wait()
+        return template(turns, short)
+
+    def noted(*args, **options):
+        added.append(args)
+        return add(*args, **options)
+
+    monkeypatch.setattr(shared.engine, "template", slow)
+    monkeypatch.setattr(shared.engine.manager, "add_request", noted)
+    try:
+        body = json.dumps({"prompt": "assistant" * 240}).encode()  # 240 tokens
+        head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+        with connect(shared, head + body):
+            assert begun.wait(60)
+        wait_until(lambda: not shared.engine.pending)
+    finally:
+        left.set()
+    shared.engine.tokenizing.submit(int).result()  # that thread has nothing else to do
+    assert works(shared)
+    assert added and max(len(tokens) for tokens, *_ in added) < 240
 
 
 def test_a_hanging_forward_pass_ends_the_process(tiny_folder):
