@@ -87,7 +87,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="PHI4_",
-        cli_prog_name="api.py",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         use_attribute_docstrings=True,
@@ -760,8 +759,8 @@ class Engine:
         own, known = model.generation_config.eos_token_id, self.tokenizer.get_vocab()
         ends = {known.get("<|im_end|>"), known.get("<|endoftext|>")}
         ends |= {*own} if isinstance(own, list) else {own}
-        self.end_tokens = sorted(ends - {None})
-        self.token_bytes = bytes_of_tokens(self.tokenizer, self.end_tokens)
+        ends = sorted(ends - {None})
+        self.token_bytes = bytes_of_tokens(self.tokenizer, ends)
         spare = model.config.vocab_size - len(self.token_bytes)
         if spare < 0:
             raise ValueError("the tokenizer has more tokens than the model")
@@ -779,7 +778,7 @@ class Engine:
             allow_block_sharing=settings.prefix_sharing,
             auto_switch_to_flash=False,
         )
-        greedy = transformers.GenerationConfig(eos_token_id=self.end_tokens)
+        greedy = transformers.GenerationConfig(eos_token_id=ends)
         self.manager = model.init_continuous_batching(greedy, config)
         self.manager.logit_processor.supported_keys["sampling"] = tuple
         gc.disable()  # nothing else may touch the GPU while a graph is captured
@@ -885,7 +884,7 @@ class Engine:
             need = f"{len(tokens)} prompt tokens and {wanted or 'any'} new ones"
             raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
         answer.prompt_tokens = len(tokens)
-        options = {"eos_token_id": self.end_tokens} | body.sampling()
+        options = body.sampling()
         if not self.manager.add_request(tokens, answer.id, limit, True, **options):
             raise Unavailable("the engine is restarting")
 

@@ -383,7 +383,7 @@ def serve_endless(arguments: list[str]) -> None:
 
     def load_endless(engine: Any) -> None:
         load(engine)
-        engine.end_tokens = [-1]
+        engine.manager.generation_config.eos_token_id = [-1]
         engine.token_bytes = [text or b"" for text in engine.token_bytes]
 
     api.Engine.load = load_endless

@@ -50,7 +50,8 @@ def teach(monkeypatch: Any, engine: Any, pieces: Sequence[bytes]) -> None:
     assert len(pieces) < LAST
     table = [*pieces, *[None] * (len(engine.token_bytes) - len(pieces))]
     monkeypatch.setattr(engine, "token_bytes", table)
-    monkeypatch.setattr(engine, "end_tokens", [len(pieces)])
+    config = engine.manager.generation_config
+    monkeypatch.setattr(config, "eos_token_id", [len(pieces)])
 
 
 class Gate:

@@ -68,7 +68,7 @@ def test_template_and_tokens_are_phi4s(phi4_server: Running) -> None:
     engine = phi4_server.engine
     ids = engine.template([api.Turn(role="user", content="你好")])
     assert ids == [100264, 882, 100266, 57668, 53901, 100265, 100264, 78191, 100266]
-    assert engine.end_tokens == [100257, 100265]
+    assert engine.manager.generation_config.eos_token_id == [100257, 100265]
     response = phi4_server.post("你好", max_new_tokens=2)
     assert response.headers["X-Prompt-Tokens"] == str(len(ids))
 
