@@ -194,6 +194,14 @@ def test_bad_input_is_a_4xx_with_a_json_body(
     assert ("error" if path != "/" else "detail") in response.json()
 
 
+def test_a_body_that_is_no_json_is_told_why(server: Running) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = b"{'prompt': 'quotes as a shell mangles them'}"
+    refused = requests.post(server.url, data=body, headers=headers, timeout=DEADLINE)
+    (error,) = refused.json()["detail"]
+    assert "double quotes" in error["ctx"]["error"]
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "Prompt", "temprature", ""])
 def test_unknown_field_is_named(server: Running, field: str) -> None:
     refused = server.post(**{field: 1})

@@ -111,6 +111,11 @@ def test_the_origins_of_the_setting_may_ask(tiny_folder: Path) -> None:
             for answer in (allowed, answered, refused):
                 assert answer.headers["Access-Control-Allow-Origin"] == origin
                 assert "Access-Control-Allow-Credentials" not in answer.headers
+        served.engine.template = None  # so that it fails
+        failed = ask(served, origin, "k")
+        assert failed.status_code == 500
+        assert failed.headers["Access-Control-Allow-Origin"] == origin
+        del served.engine.template
         for origin in ("https://c.example", "https://a.example.evil", "null"):
             for answer in (preflight(served, origin), ask(served, origin, "k")):
                 assert "Access-Control-Allow-Origin" not in answer.headers

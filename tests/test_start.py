@@ -210,6 +210,7 @@ def test_port_opens_at_once_and_answers_503_until_ready(
     with running(model=tiny_folder, wait=False) as server:
         health = requests.get(server.url + "/health", timeout=5)
         assert (health.status_code, health.json()["status"]) == (503, "loading")
+        assert health.json()["device"] == "cpu"  # the setting, for now
         for path in ("/", "/v1/chat/completions"):
             body = (
                 {"messages": [{"role": "user", "content": "x"}]} if path != "/" else {}
