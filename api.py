@@ -349,9 +349,8 @@ class Runner(batching.model_runner.ModelRunner):
     def host(self) -> batching.input_outputs.ContinuousBatchingIOs:
         """What the step is made of; on a GPU the next one is prepared meanwhile."""
         ios = self.inputs_and_outputs
-        return (
-            ios.io_pairs[ios.current_pair].host_io if hasattr(ios, "io_pairs") else ios
-        )
+        pairs = getattr(ios, "io_pairs", None)
+        return pairs[ios.current_pair].host_io if pairs else ios
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         if self.scores is None:
@@ -1104,8 +1103,9 @@ async def metrics(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     IN_FLIGHT.set(min(len(engine.pending), engine.rows))
     WAITING.set(max(len(engine.pending) - engine.rows, 0))
-    cache, (owner,) = engine.cache, engine.cache.cache_allocators.values()
-    kept = len(owner.ledger.cached_blocks) * owner.bytes_per_block  # given up at need
+    cache, owners = engine.cache, engine.cache.cache_allocators.values()
+    # Blocks that are only kept for sharing are given up at need.
+    kept = sum(len(one.ledger.cached_blocks) * one.bytes_per_block for one in owners)
     free = cache.compute_free_capacity(relative=False) + kept
     CACHE.set(1 - free / (cache.num_sectors * cache.bytes_per_sector))
     kind = exposition.CONTENT_TYPE_LATEST

@@ -30,7 +30,7 @@ class Driven:
     """An engine of the server, without its event loop."""
 
     def __init__(self, settings: api.Settings) -> None:
-        self.engine, self.number = api.Engine(settings), 0
+        self.engine, self.number, self.failed = api.Engine(settings), 0, ""
         self.engine.load()
         self.manager, self.changed = self.engine.manager, threading.Condition()
         self.times: dict[str, list[float]] = {}
@@ -42,8 +42,7 @@ class Driven:
         now = time.perf_counter()
         with self.changed:
             for output in outputs:
-                if output.error:
-                    raise SystemExit(f"the engine failed: {output.error}")
+                self.failed = self.failed or output.error
                 self.times[output.request_id].append(now)
             self.changed.notify()
 
@@ -59,8 +58,13 @@ class Driven:
             self.manager.add_request(prompt, name, new, True, eos_token_id=[-1])
         with self.changed:
             self.changed.wait_for(
-                lambda: all(len(times) >= new for times in self.times.values())
+                lambda: (
+                    self.failed
+                    or all(len(times) >= new for times in self.times.values())
+                )
             )
+        if self.failed:
+            raise SystemExit(f"the engine failed: {self.failed}")
         first = min(times[0] for times in self.times.values())
         last = max(times[-1] for times in self.times.values())
         return first - started, last - started

@@ -90,10 +90,8 @@ class Forced:
 
     def compute_batch(self: Any, model: Any, batch: dict[str, Any]) -> None:
         super().compute_batch(model, batch)
-        ios = self.inputs_and_outputs
-        paired = hasattr(ios, "io_pairs")
-        host = ios.io_pairs[ios.current_pair].host_io if paired else ios
-        states = [each.state for each in host.requests_in_batch if each.has_new_token]
+        ios, requests = self.inputs_and_outputs, self.host.requests_in_batch
+        states = [each.state for each in requests if each.has_new_token]
         with api.batching.utils.stream_context(ios.compute_stream):
             for row, state in enumerate(states):
                 if state.request_id not in self.known:  # of the warm-up

@@ -347,23 +347,29 @@ def test_what_would_change_the_answer_is_refused_by_name(server, field, value):
     assert error["type"] == "invalid_request_error"
 
 
-def test_an_error_names_the_field_and_nothing_of_the_program(server):
-    for path, body in (
-        ("/", {"prompt": "x", "stop": ""}),
-        (
-            "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": "x"}], "stop": "x" * 300},
-        ),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}),
-        ("/v1/chat/completions", []),
-    ):
-        answer = requests.post(server.url + path, json=body, timeout=DEADLINE)
-        assert answer.status_code in (400, 422)
-        assert "function" not in answer.text and "0x" not in answer.text
-        if "messages" in body and "stop" not in body:
-            assert error_of(answer)["param"] == "messages.0.content.0.type"
-        elif path != "/":
-            assert error_of(answer)["param"] == (None if body == [] else "stop")
+ASKED = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [ASKED], "stop": ""}, "stop"),
+        ({"messages": [ASKED], "stop": "x" * 300}, "stop"),
+        ({"messages": [ASKED | {"content": [IMAGE]}]}, "messages.0.content.0.type"),
+        ([], None),
+    ],
+)
+def test_an_error_names_the_field_and_nothing_of_the_program(server, body, param):
+    url = server.url + "/v1/chat/completions"
+    answer = requests.post(url, json=body, timeout=DEADLINE)
+    assert answer.status_code == 400
+    assert "function" not in answer.text and "0x" not in answer.text
+    assert error_of(answer)["param"] == param
+
+
+def test_a_stop_string_that_is_wrong_is_named_on_the_other_route(server):
+    refused = server.post(stop="").json()["detail"]
+    assert {tuple(error["loc"]) for error in refused} == {("body", "stop")}
 
 
 def test_what_changes_nothing_is_ignored(server):
