@@ -56,7 +56,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import modeling_flash_attention_utils as flash
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import continuous_batching as batching
@@ -106,7 +107,7 @@ class Settings(BaseSettings):
     quantize: Literal["none", "int8", "int4"] = "none"
     """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
     compile: bool = True
-    """Compile the layers on a GPU: up to 20 s once, then a quarter faster."""
+    """Compile the layers on a GPU: up to 30 s once, then a quarter faster."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer, in tokens, for requests that do not say."""
     max_in_flight: int = Field(0, ge=0, le=1024)
@@ -408,14 +409,14 @@ def draw(
     return (logprobs - noise.log()).masked_fill(dropped, -torch.inf).argmax(-1)
 
 
-FLASH = "torch_flash_2"  # the engine decodes from pages for names like ".*flash.*2"
 PAGE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
 # Prefill steps of up to so many tokens are CUDA graphs, one for each multiple of 64;
 # larger ones keep the GPU busy for longer than their launches take.
 GRAPHED, MULTIPLE = 2048, 64
-PLANNED = 1024  # cuDNN plans 75 ms for each new length: it gets multiples of this
+# One prompt of more than FAR tokens is cuDNN's, which takes half the time but plans
+# each new length for 60 ms: it gets multiples of PLANNED.
+FAR, PLANNED = 4096, 1024
 NEAR = 768  # cached tokens that one block of threads reads faster than several
-sdpa = nn.functional.scaled_dot_product_attention
 
 
 @torch.library.custom_op("phi4::attend", mutates_args=("cache",))
@@ -427,12 +428,10 @@ def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
     if "block_table" in options:
         pages = cache.unflatten(0, (-1, PAGE))
         k, v = pages[:-1], pages[1:]
-    elif len(options["cu_seq_q"]) == 2:  # one prompt: cuDNN takes half the time
+    elif FlashRunner.shape[-1] == 1 and len(q) > FAR:
         more = 0, 0, 0, 0, 0, -len(q) % PLANNED
-        padded = (nn.functional.pad(x, more).transpose(0, 1)[None] for x in (q, k, v))
-        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-        with sdpa_kernel(order, set_priority=True):
-            out = sdpa(*padded, is_causal=True, scale=scale, enable_gqa=True)
+        padded = (pad(x, more).transpose(0, 1)[None] for x in (q, k, v))
+        out = sdpa(*padded, is_causal=True, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)[: len(q)].contiguous()
     return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **options)
 
@@ -463,74 +462,64 @@ class FlashRunner(Runner):
     A page of the cache holds the keys of its tokens, and the next page their values.
     """
 
-    shape: tuple[int, int, int, int]  # tokens, longest row, rows, most keys of a row
+    shape: tuple[int, int, int, int]  # tokens, longest row, most keys, fresh prompts
     # Slots of the new tokens and options of the kernel. Passed through the model they
     # would have its layers compiled again for each step.
     step: tuple[Tensor, dict[str, Any]]
-    least = 0  # tokens that warm-up pretends are cached
     compiled: bool
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple:
         """What runs the step, and whether that is a CUDA graph."""
         host, tokens = self.host, self.host.num_q_tokens
-        longest, rows = host.max_length_q, len(host.requests_in_batch)
-        (reach,), (past,) = host.max_length_k.values(), host.total_seqlen_k.values()
-        graphed = tokens <= GRAPHED
+        longest, graphed = host.max_length_q, tokens <= GRAPHED
+        (reach,), (cached,) = host.max_length_k.values(), host.total_seqlen_k.values()
         # Without anything cached the new keys are enough.
-        self.paged = graphed or past > host.total_seqlen_q
+        fresh = len(host.requests_in_batch) if cached == host.total_seqlen_q else 0
         if graphed:  # its shape has to fit other steps too
             near = longest == 1 and max(reach, self.least) <= NEAR
             reach = NEAR if near else host.block_table.shape[-1] * PAGE
-            longest = 1 if longest == 1 else tokens
-            rows = min(tokens, host.max_requests_per_batch)
-        FlashRunner.shape = tokens, longest, rows, reach
+            longest, fresh = 1 if longest == 1 else tokens, 0
+        FlashRunner.shape = tokens, longest, reach, fresh
         return self._forward_process_and_sample, graphed and self.use_cuda_graph_varlen
 
-    def _forward_process_and_sample(
-        self, model: nn.Module, batch: dict, *io: Any
-    ) -> None:
-        tokens, longest, rows, reach = self.shape
+    def _forward_process_and_sample(self, model: Any, batch: dict, *io: Any) -> None:
+        tokens, longest, reach, fresh = self.shape
         (table,), (place,) = batch["block_table"], batch["position_ids"].long()
         starts, (ends,) = batch["cu_seq_lens_q"], batch["cu_seq_lens_k"].values()
         # Padding belongs to a row after the last, whose page is -1. Clamped, that is
         # a page of no request.
         index = torch.arange(tokens, device=place.device, dtype=starts.dtype)
         row = torch.bucketize(index, starts[1:], right=True)
-        page = nn.functional.pad(table, (0, 0, 0, 1), value=-1)[row, place // PAGE]
+        page = pad(table, (0, 0, 0, 1), value=-1)[row, place // PAGE]
         slots = (page * PAGE + place % PAGE).clamp(min=0)
-        starts, ends = starts[: rows + 1], ends[: rows + 1]
         options = {"cu_seq_q": starts, "cu_seq_k": ends, "max_q": longest}
         # The kernel groups the heads of a single token, but not if it is causal.
         options |= {"max_k": reach, "window_size": (-1, 0 if longest > 1 else -1)}
         options["num_splits"] = 1 if longest > 1 or reach == NEAR else None
-        if self.paged:
-            options |= {"seqused_k": ends.diff(), "block_table": table[:rows]}
+        if not fresh:
+            options |= {"seqused_k": ends.diff(), "block_table": table}
         FlashRunner.step = torch.cat((slots, slots + PAGE)), options
         super()._forward_process_and_sample(model, batch, *io)
 
     def warmup(self, model: nn.Module) -> None:
         """Compile the layers and capture every graph, for both sets of buffers.
         Raises RuntimeError if a step fails."""
-        cache, layers = self.cache, model.model.layers
-        owner, most = cache.layer_to_allocator, self.cb_config.max_requests_per_batch
-        views = [owner[i]._kv_token_views[i][0] for i in range(len(layers))]
-        for layer, view in zip(layers, views, strict=True):
+        cache, most = self.cache, self.cb_config.max_requests_per_batch
+        (allocator,) = cache.cache_allocators.values()
+        views = [keys for keys, _ in allocator._kv_token_views.values()]
+        for layer, view in zip(model.model.layers, views, strict=True):
             # Equal sizes and no graph break let all layers share one compiled layer.
             layer.self_attn.kv_cache = view[: len(views[-1])]
-            if self.compiled:
-                layer.compile(fullgraph=True)
+            layer.compile(fullgraph=True, disable=not self.compiled)
         room = min(cache.num_blocks - 1, cache.max_blocks_per_request) * PAGE
+        large = min(cache.max_batch_tokens, room)
         # The largest come first: the compiled kernels are tuned for the first they see.
+        steps = [(0, n, 0) for n in (large, *range(min(GRAPHED, large), 0, -MULTIPLE))]
         decode = sorted({most, *(2**i for i in range(most.bit_length()))}, reverse=True)
-        graphs = [(NEAR + 1, n, PAGE) for n in range(GRAPHED, 0, -MULTIPLE)]
-        graphs += [(least, n, None) for least in (NEAR + 1, 0) for n in decode]
-        sizes = range(cache.max_batch_tokens, GRAPHED, -PLANNED)
-        large = [(0, n, past) for past in (PAGE, 0) for n in sizes]
-        for half, steps in enumerate((large + graphs, graphs), 1):
+        steps += [(least, n, None) for least in (NEAR + 1, 0) for n in decode]
+        for half in (1, 2):
             logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
-            for self.least, n, past in steps:
-                if past is not None and n > min(cache.max_batch_tokens, room - past):
-                    continue
+            for self.least, n, past in steps:  # least: pretend so many cached tokens
                 # The search makes a single row's matmuls 7% faster, in 14 seconds.
                 with torch._inductor.config.patch(coordinate_descent_tuning=n == 1):
                     if not self.run_one_warmup(model, n, past):
@@ -557,6 +546,9 @@ def can_compile() -> bool:
     compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     header = Path(sysconfig.get_path("include"), "Python.h").exists()
     return compiler and header and importlib.util.find_spec("triton") is not None
+
+
+FLASH = "torch_flash_2"  # the engine decodes from pages for names like ".*flash.*2"
 
 
 def pick_attention(device: torch.device, dtype: str, compiled: bool) -> str:

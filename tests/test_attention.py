@@ -20,8 +20,16 @@ from transformers.generation.continuous_batching import (
 
 import api
 
-SMALL = {"PAGE": 16, "GRAPHED": 64, "MULTIPLE": 16, "PLANNED": 32, "NEAR": 40}
+SMALL = {
+    "PAGE": 16,
+    "GRAPHED": 64,
+    "MULTIPLE": 16,
+    "FAR": 80,
+    "PLANNED": 32,
+    "NEAR": 40,
+}
 PATHS: set[tuple] = set()
+SHAPES: set[tuple] = set()  # of the steps that would be CUDA graphs
 
 
 def reference(
@@ -81,6 +89,12 @@ class CpuRunner(api.FlashRunner):
         self.pad_inputs, ios = True, self.inputs_and_outputs
         ios.io_pairs = [SimpleNamespace(host_io=ios, device_io=ios)]
         ios.current_pair, ios.swap_io_pairs = 0, lambda: None
+
+    def _get_forward_fn(self, use_block_table: bool) -> tuple:
+        found = super()._get_forward_fn(use_block_table)
+        if self.shape[0] <= api.GRAPHED:
+            SHAPES.add(self.shape)
+        return found
 
 
 @pytest.fixture
@@ -142,7 +156,9 @@ def answers(
     )
     manager = served.init_continuous_batching(greedy, config)
     manager.logit_processor.supported_keys["sampling"] = tuple
+    SHAPES.clear()
     manager.warmup()
+    captured = SHAPES.copy()
     manager.start()
     done: dict[str, list[int]] = {}
     try:
@@ -157,6 +173,7 @@ def answers(
                     done[output.request_id] = output.generated_tokens
     finally:
         manager.stop(block=True, timeout=30)
+    assert captured == SHAPES  # no request has paid for a capture
     return [done[str(i)] for i in range(len(prompts))]
 
 
@@ -170,13 +187,32 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     played_gpu.setattr(continuous_api, "ModelRunner", CpuRunner)
     played_gpu.setattr(continuous_api, "ContinuousBatchingIOs", CpuIOs)
     generator = torch.Generator().manual_seed(1)
-    lengths = [5, 15, 16, 17, 33, 40, 100, 128, 150, 200, 64, 63]  # page borders too
+    lengths = [
+        5,
+        15,
+        16,
+        17,
+        33,
+        40,
+        100,
+        128,
+        150,
+        200,
+        64,
+        63,
+        72,
+    ]  # page borders too
     prompts = [
         torch.randint(3, 200, (n,), generator=generator).tolist() for n in lengths
     ]
     prompts.append(prompts[9][:160] + prompts[0])  # finds its beginning in the cache
     PATHS.clear()
+    compiled: list[dict[str, bool]] = []
+    played_gpu.setattr(
+        torch.nn.Module, "compile", lambda _, **options: compiled.append(options)
+    )
     mixed = answers(served, prompts, sampled=(1, 3))
+    assert compiled == [{"fullgraph": True, "disable": True}] * 3  # no compiler here
     plain = model()
     for i, (prompt, answer) in enumerate(zip(prompts, mixed, strict=True)):
         expected = plain.generate(
@@ -194,18 +230,18 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
         (False, False, 1),  # prefill of nothing cached
     } == PATHS
     single: list[Any] = []
-    kernel = api.sdpa_kernel
+    kernel = api.sdpa
     played_gpu.setattr(
-        api,
-        "sdpa_kernel",
-        lambda given, **more: single.append(given) or kernel(given, **more),
+        api, "sdpa", lambda *given, **more: single.append(1) or kernel(*given, **more)
     )
     assert answers(served, [prompts[6]]) == [mixed[6]]
-    assert len(single) == 9  # in 3 layers: two sizes of the warm-up, then the prompt
+    assert len(single) == 9  # in 3 layers: both halves of the warm-up, then the prompt
+    assert answers(served, [prompts[12]]) == [mixed[12]]
+    assert len(single) == 15  # the warm-up's: the prompt is too short
     alone = answers(served, [prompts[1], prompts[3]], sampled=(0, 1))
     assert alone == [mixed[1], mixed[3]]  # the seed's answers, whatever else is there
-    # A context that is as long as the largest step leaves no room for cached tokens.
-    short = answers(served, [prompts[1], prompts[3]], sampled=(0, 1), pages=8)
+    # A context that is shorter than the largest step.
+    short = answers(served, [prompts[1], prompts[3]], sampled=(0, 1), pages=3)
     assert short == alone
 
 
