@@ -1055,6 +1055,7 @@ async def models(request: Request) -> ModelList:
     return ModelList(data=[card | {"owned_by": "local"}])
 
 
+@public.head("/health", include_in_schema=False)  # as some load balancers ask
 @public.get("/health", responses={503: {"model": Health}})
 async def health(request: Request, response: Response) -> Health:
     """200 when requests are answered; 503 while loading, down or leaving."""

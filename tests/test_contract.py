@@ -233,6 +233,8 @@ def test_health(server: Running) -> None:
     response = requests.get(server.url + "/health", timeout=5)
     assert response.status_code == 200
     assert response.json() == {"status": "ok", "model": "tiny", "device": "cpu"}
+    response = requests.head(server.url + "/health", timeout=5)
+    assert (response.status_code, response.content) == (200, b"")
 
 
 def test_import_loads_nothing_and_parses_nothing() -> None:
