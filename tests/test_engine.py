@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,7 +144,7 @@ def test_demo_answers_equal_generate(demo_folder: Path) -> None:
 def test_no_key_is_copied_for_the_heads_that_share_it(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the library's attention does, which takes several times as long."""
+    """What the library's attention does by itself, in several times the time."""
 
     def copied(*_: Any) -> None:
         raise AssertionError("a copy of the keys")
@@ -155,11 +154,6 @@ def test_no_key_is_copied_for_the_heads_that_share_it(
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         asked = pool.map(lambda n: server.post(f"{n}", max_new_tokens=8), range(4))
         assert [answer.status_code for answer in asked] == [200] * 4
-    for unknown in ({}, {"cache": object(), "softcap": 30.0}):  # left to the library
-        with pytest.raises((AssertionError, ValueError), match=r"copy|softcap"):
-            shape = torch.zeros(1, 2, 3, 4)
-            module = SimpleNamespace(num_key_value_groups=2)
-            api.cpu_attention(module, shape, shape, shape, shape, **unknown)
 
 
 # What would kill the generation thread

@@ -105,7 +105,7 @@ def test_every_cut_of_a_text_reads_the_same_streamed_and_whole(counting, say):
 @pytest.mark.parametrize("builder", [tiny.small_tokenizer, tiny.phi4_tokenizer])
 def test_text_is_what_the_tokenizer_decodes(builder, tmp_path):
     tokenizer = builder(tmp_path)
-    table, rng = api.bytes_of_tokens(tokenizer, []), random.Random(1)
+    table, rng = api.bytes_of_tokens(tokenizer, [], len(tokenizer)), random.Random(1)
     letters = tokenizer.encode(TEXTS["chinese"].decode() + FAMILY + " naïve")
     anything = range(len(tokenizer))
     for _ in range(1000):
@@ -301,10 +301,10 @@ async def read_slowly(body: Any, pieces: list[str]) -> str:
 
     grow()
     found = ""
-    async for event in api.events(SimpleNamespace(), body, answer):
-        data = event.decode().removeprefix("data: ").strip()
-        if data != "[DONE]":
-            item = json.loads(data)
+    async for new in api.events(SimpleNamespace(), body, answer):
+        for event in new.decode().split("\n\n")[:-1]:
+            data = event.removeprefix("data: ")
+            item = json.loads(data) if data != "[DONE]" else {}
             found += item.get("delta", "")
             for choice in item.get("choices", []):
                 found += choice["delta"].get("content") or ""
