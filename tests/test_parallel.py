@@ -79,7 +79,11 @@ def answered(url: str) -> list[str]:
 def begin(server: Any, limit: int) -> tuple[requests.Response, Iterator[bytes]]:
     """A stream whose first piece has come; the next pieces."""
     body = {"prompt": "x", "max_new_tokens": limit, "stream": True}
-    answer = requests.post(server.url, json=body, stream=True, timeout=DEADLINE)
+    try:
+        answer = requests.post(server.url, json=body, stream=True, timeout=DEADLINE)
+    except requests.ConnectionError as error:  # one of some hundred starts: why?
+        wait_until(lambda: server.poll() is not None)
+        raise AssertionError(server.log()) from error
     pieces = answer.iter_content(None)
     assert b"delta" in next(pieces)
     return answer, pieces
