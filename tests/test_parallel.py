@@ -51,7 +51,7 @@ def split(folder: Path, *more: str) -> Iterator[Any]:
     arguments = ("--model", str(folder), *OPTIONS, *more)
     with spawned(*arguments, wait=False, launcher=TORCHRUN) as server:
         try:
-            wait_until(lambda: "ready" in server.log() or server.poll(), 120)
+            wait_until(lambda: "ready: " in server.log() or server.poll(), 120)
             assert server.poll() is None, server.log()
             server.parts = parts(server.port)
             yield server
@@ -81,7 +81,7 @@ def begin(server: Any, limit: int) -> tuple[requests.Response, Iterator[bytes]]:
     body = {"prompt": "x", "max_new_tokens": limit, "stream": True}
     try:
         answer = requests.post(server.url, json=body, stream=True, timeout=DEADLINE)
-    except requests.ConnectionError as error:  # one of some hundred starts: why?
+    except requests.ConnectionError as error:  # seen once in hundreds of starts
         wait_until(lambda: server.poll() is not None)
         raise AssertionError(server.log()) from error
     pieces = answer.iter_content(None)
