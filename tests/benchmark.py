@@ -253,9 +253,12 @@ class Way:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One below those that any program is given when it asks for none in particular:
+    torchrun and gloo ask for several before the server listens."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", random.randint(20000, 32000)))
+            return probe.getsockname()[1]
 
 
 async def is_ready(port: int) -> bool:

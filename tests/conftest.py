@@ -4,8 +4,6 @@
 import asyncio
 import contextlib
 import os
-import random
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import scripted
 import tiny
+from benchmark import free_port
 
 import api
 import model_download
@@ -41,15 +40,6 @@ def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
             return value
         time.sleep(0.01)
     raise AssertionError(f"not true within {seconds} s: {condition}")
-
-
-def free_port() -> int:
-    """One below those that any program is given when it asks for none in particular:
-    torchrun and gloo ask for several before the server listens."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("0.0.0.0", random.randint(20000, 32000)))
-            return probe.getsockname()[1]
 
 
 @dataclass
