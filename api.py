@@ -330,6 +330,19 @@ Asked = ChatRequest | OpenAIRequest
 # ------------------------------------------------------------------------------
 
 
+class Scheduler(batching.FIFOScheduler):
+    """Ends a cancelled request as if it had finished, of which the library alone takes
+    no care. On a GPU it may be in a step that runs, and its token has to be passed
+    over: its pages are gone. And no other request would start after a preemption."""
+
+    def clear_cancelled_requests(self) -> list[batching.RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        for state in cancelled:
+            state.status = batching.RequestStatus.FINISHED
+            self.block_new_requests = False
+        return cancelled
+
+
 class Runner(batching.model_runner.ModelRunner):
     """Greedy and sampled requests share a batch. The library takes the likeliest token
     of each row; here the rows that want another are drawn again afterwards, outside of
@@ -532,6 +545,7 @@ FLASH = "torch_flash_2"  # the engine decodes from pages for names like ".*flash
 def pick_attention(device: torch.device, dtype: str, compiled: bool) -> str:
     """Teach the library this attention; its name, or "sdpa" where it cannot run."""
     batching.continuous_api.ModelRunner = Runner
+    batching.scheduler.SCHEDULER_MAPPING["fifo"] = Scheduler
     if device.type != "cuda":
         # Copies no key for all heads that share it: a sixth of the time for 16 rows of
         # 300 tokens. With a mask, a GPU has no fast kernel for that.

@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import overlap
 import scripted
 import tiny
 from benchmark import free_port
@@ -73,6 +74,13 @@ class Running:
 @contextlib.contextmanager
 def running(wait: bool = True, **options: Any) -> Iterator[Running]:
     """`create_app` behind uvicorn in a thread. Options are those of Settings."""
+    with contextlib.ExitStack() as stack:
+        if overlap.WANTED:
+            stack.enter_context(overlap.overlapped())
+        yield from serving(wait, options)
+
+
+def serving(wait: bool, options: dict[str, Any]) -> Iterator[Running]:
     settings = api.Settings(**({"device": "cpu", "dtype": "float32"} | options))
     app = api.create_app(settings)
     engine = app.state.engine

@@ -5,6 +5,7 @@
     python tests/soak.py --requests 1000       fewer
     python tests/soak.py --inside              the server in this process: its engine
                                                and cache are looked at afterwards
+    python tests/soak.py --overlapped          so, and with a GPU's order of things
 
 The answers to 200 greedy prompts are computed beforehand with `model.generate`; every
 finished greedy answer must equal its own and every cut one must be a prefix of it.
@@ -35,6 +36,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import conftest
+import overlap
 import psutil
 import tiny
 import torch
@@ -252,7 +254,8 @@ class Soak:
         reply = await exchange(self.port, packet(path, body), events)
         self.statuses[reply.status] += 1
         if reply.status == 503:
-            self.check("retry-after" in reply.headers, "a 503 without Retry-After")
+            full = "retry-after" in reply.headers and b"in flight" in reply.body
+            self.check(full, f"503: {reply.body[:200]}")
             return None
         right = self.check(reply.status == 200, f"{reply.status}: {reply.body[:200]}")
         return reply if right else None
@@ -400,10 +403,11 @@ class Soak:
 
 
 @contextlib.contextmanager
-def served(folder: Path, inside: bool) -> Iterator[tuple[int, int, Any]]:
+def served(folder: Path, args: Any) -> Iterator[tuple[int, int, Any]]:
     """The port, process id and, if it is in this process, engine of a server."""
-    if inside:
-        with conftest.running(model=folder, **SERVER) as server:
+    if args.inside or args.overlapped:
+        order = overlap.overlapped() if args.overlapped else contextlib.nullcontext()
+        with order, conftest.running(model=folder, **SERVER) as server:
             yield int(server.url.rsplit(":", 1)[1]), os.getpid(), server
     else:
         options = [
@@ -472,12 +476,13 @@ def run(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inside", action="store_true")
+    parser.add_argument("--overlapped", action="store_true")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "tiny"
         tiny.tiny_model(folder, context=CONTEXT, eos="natural", seed=3)
         refs = references(folder)
-        with served(folder, args.inside) as (port, pid, server):
+        with served(folder, args) as (port, pid, server):
             free_at_first = free_cache(server.engine) if server else 0
             soak, figures = asyncio.run(measure(port, pid, refs, args))
             if server:

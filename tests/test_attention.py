@@ -4,10 +4,12 @@ reference that refuses what the kernel would get wrong."""
 
 import contextlib
 import logging
+import random
+import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
+import overlap
 import pytest
 import torch
 import transformers
@@ -74,21 +76,12 @@ def reference(
     return out
 
 
-class CpuIOs(api.FlashIOs):
-    """On a CPU the library passes by name what a GPU's buffers get by position."""
-
-    def prepare_batch_tensors(self, *given: Any, **named: Any) -> None:
-        super().prepare_batch_tensors(*given, *named.values())
-
-
 class CpuRunner(api.FlashRunner):
-    """The library pads and pairs buffers for GPUs only: pretend."""
+    """The library pads for GPUs only: pretend."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.pad_inputs, ios = True, self.inputs_and_outputs
-        ios.io_pairs = [SimpleNamespace(host_io=ios, device_io=ios)]
-        ios.current_pair, ios.swap_io_pairs = 0, lambda: None
+        self.pad_inputs = True
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple:
         found = super()._get_forward_fn(use_block_table)
@@ -113,12 +106,12 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         (api.flash, "_loaded_implementation"),
         (api.flash, "_flash_with_kvcache_fn"),
         (continuous_api, "ModelRunner"),
-        (continuous_api, "ContinuousBatchingIOs"),
         (input_outputs, "ContinuousBatchingIOs"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(api, "varlen_attn", api.varlen_attn)
-    yield monkeypatch
+    with overlap.overlapped():
+        yield monkeypatch
 
 
 def model(seed: int = 0) -> transformers.PreTrainedModel:
@@ -138,17 +131,11 @@ def model(seed: int = 0) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def answers(
-    served: transformers.PreTrainedModel,
-    prompts: list[list[int]],
-    sampled: tuple = (),
-    pages: int = 20,
-) -> list[list[int]]:
-    """All but the last prompt in flight at once, then that one; 24 tokens each."""
+def engine(served: transformers.PreTrainedModel, blocks: int, pages: int) -> Any:
     greedy = transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0)
     config = transformers.ContinuousBatchingConfig(
         page_size=16,
-        num_blocks=200,
+        num_blocks=blocks,
         max_batch_tokens=128,
         max_requests_per_batch=8,
         max_blocks_per_request=pages,
@@ -156,6 +143,25 @@ def answers(
     )
     manager = served.init_continuous_batching(greedy, config)
     manager.logit_processor.supported_keys["sampling"] = tuple
+    return manager
+
+
+def generated(plain: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:
+    tokens = torch.tensor([prompt])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return plain.generate(tokens, max_new_tokens=24, **options)[0].tolist()[
+        len(prompt) :
+    ]
+
+
+def answers(
+    served: transformers.PreTrainedModel,
+    prompts: list[list[int]],
+    sampled: tuple = (),
+    pages: int = 20,
+) -> list[list[int]]:
+    """All but the last prompt in flight at once, then that one; 24 tokens each."""
+    manager = engine(served, 200, pages)
     SHAPES.clear()
     manager.warmup()
     captured = SHAPES.copy()
@@ -177,7 +183,9 @@ def answers(
     return [done[str(i)] for i in range(len(prompts))]
 
 
-def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def served(played_gpu: pytest.MonkeyPatch) -> transformers.PreTrainedModel:
+    """A model with the GPU's attention."""
     played_gpu.setattr(api.varlen_attn, "__kwdefaults__", {"block_table": None})
     served = model()
     served.set_attn_implementation(
@@ -185,7 +193,12 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     )
     played_gpu.setattr(api, "varlen_attn", reference)
     played_gpu.setattr(continuous_api, "ModelRunner", CpuRunner)
-    played_gpu.setattr(continuous_api, "ContinuousBatchingIOs", CpuIOs)
+    return served
+
+
+def test_every_path_equals_generate(
+    played_gpu: pytest.MonkeyPatch, served: transformers.PreTrainedModel
+) -> None:
     generator = torch.Generator().manual_seed(1)
     lengths = [
         5,
@@ -215,14 +228,7 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     assert compiled == [{"fullgraph": True, "disable": True}] * 3  # no compiler here
     plain = model()
     for i, (prompt, answer) in enumerate(zip(prompts, mixed, strict=True)):
-        expected = plain.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=24,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        assert (answer == expected) is (i not in (1, 3)), i
+        assert (answer == generated(plain, prompt)) is (i not in (1, 3)), i
     assert {
         (True, True, 1),  # decoding near
         (True, True, None),  # and far
@@ -243,6 +249,54 @@ def test_every_path_equals_generate(played_gpu: pytest.MonkeyPatch) -> None:
     # A context that is shorter than the largest step.
     short = answers(served, [prompts[1], prompts[3]], sampled=(0, 1), pages=3)
     assert short == alone
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_cancels_and_a_full_cache_leave_the_other_answers_right(
+    played_gpu: pytest.MonkeyPatch, served: transformers.PreTrainedModel, longest: int
+) -> None:
+    rng = random.Random(4)
+    prompts = [
+        [rng.randrange(3, 200) for _ in range(rng.randint(5, 200))] for _ in range(60)
+    ]
+    manager = engine(served, 14 * longest, 20)  # so many of them fit
+    manager.warmup()
+    processor, step = manager.batch_processor, manager._generation_step
+    cancelled: set[str] = set()
+    preempted: list[str] = []
+
+    def step_and_cancel() -> None:
+        step()  # whose tokens are not there yet
+        for name in list(processor.scheduler.active_requests):
+            if rng.random() < 0.02:
+                cancelled.add(name)
+                manager.cancel_request(name)
+
+    manager._generation_step = step_and_cancel
+    begin_again = api.batching.RequestState.create_equivalent_initial_request
+    played_gpu.setattr(
+        api.batching.RequestState,
+        "create_equivalent_initial_request",
+        lambda state: preempted.append(state.request_id) or begin_again(state),
+    )
+    done: dict[str, list[int]] = {}
+    end = time.monotonic() + 120
+    manager.start()
+    try:
+        for i, prompt in enumerate(prompts):
+            manager.add_request(prompt, str(i), max_new_tokens=24)
+        while len(done.keys() | cancelled) < len(prompts):
+            if output := manager.get_result(timeout=0.1):  # a cancel brings none
+                assert not output.error, output
+                done[output.request_id] = output.generated_tokens
+            assert time.monotonic() < end
+    finally:
+        manager.stop(block=True, timeout=30)
+    plain = model()
+    whole = [i for i in range(len(prompts)) if str(i) in done]
+    for i in whole:
+        assert done[str(i)] == generated(plain, prompts[i]), i
+    assert min(map(len, (whole, cancelled, preempted))) > 4
 
 
 def test_without_varlen_attn_the_library_attends(

@@ -195,6 +195,37 @@ def test_a_client_that_leaves_while_waiting_gives_up_its_place(busy):
     wait_until(lambda: len(busy.engine.pending) == 2)
 
 
+def test_who_was_preempted_comes_again_when_the_only_other_one_leaves(tiny_folder):
+    with gated(tiny_folder, cache_tokens=128) as served, ThreadPoolExecutor(2) as pool:
+        processor, gate = served.engine.manager.batch_processor, served.gate.open
+        offload = processor.offloading_manager.offload_requests
+
+        def offload_and_stop() -> bool:
+            done = offload()
+            if processor.scheduler.block_new_requests:
+                gate.clear()
+            return done
+
+        processor.offloading_manager.offload_requests = offload_and_stop
+        gate.clear()
+        asked = []
+        for prompt in "xy":  # either alone would fill most of the cache
+            body = {"prompt": prompt, "max_new_tokens": 110, "stream": True}
+            asked.append(pool.submit(requests.post, served.url, json=body, stream=True))
+            wait_until(lambda: len(served.engine.pending) == len(asked))
+        names = list(served.engine.pending)
+        gate.set()
+        streams = [future.result() for future in asked]
+        wait_until(lambda: processor.scheduler.block_new_requests)
+        (left,) = processor.scheduler.active_requests
+        streams.pop(names.index(left)).close()
+        wait_until(lambda: left not in served.engine.pending)
+        gate.set()
+        (stream,) = streams
+        assert '"status":200' in stream.text
+        wait_until(served.idle)
+
+
 # ------------------------------------------------------------------------------
 # Limits in size and time
 # ------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""A GPU's order of things, played on a CPU: the engine prepares a step while the one
+before it runs, and looks at that one's tokens only afterwards.
+
+    TEST_OVERLAPPED=1 python -m pytest      has every server in this process do it
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.continuous_batching import (
+    continuous_api,
+    initialization,
+    input_outputs,
+)
+
+WANTED = bool(os.environ.get("TEST_OVERLAPPED"))
+
+
+class Past:
+    """A stream or an event of a CPU, where everything has happened already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def nothing(self, *_: Any) -> None:
+        pass
+
+    record_event = wait_event = synchronize = nothing
+
+
+class CpuAsyncIOs(input_outputs.ContinuousBatchingAsyncIOs):
+    _supported_device_types = ("cpu",)
+
+
+@contextlib.contextmanager
+def overlapped() -> Iterator[None]:
+    """Engines that are loaded inside have two sets of buffers and take turns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "Event", Past)
+        patch.setattr(input_outputs, "create_device_stream", Past)
+        patch.setattr(continuous_api, "ContinuousBatchingAsyncIOs", CpuAsyncIOs)
+
+        def decide(cb_config: Any, **_: Any) -> None:
+            cb_config.use_async_batching = True
+
+        patch.setattr(initialization, "decide_use_async_batching", decide)
+        yield
