@@ -74,9 +74,7 @@ class Running:
 @contextlib.contextmanager
 def running(wait: bool = True, **options: Any) -> Iterator[Running]:
     """`create_app` behind uvicorn in a thread. Options are those of Settings."""
-    with contextlib.ExitStack() as stack:
-        if overlap.WANTED:
-            stack.enter_context(overlap.overlapped())
+    with overlap.overlapped(overlap.WANTED):
         yield from serving(wait, options)
 
 

@@ -406,8 +406,10 @@ class Soak:
 def served(folder: Path, args: Any) -> Iterator[tuple[int, int, Any]]:
     """The port, process id and, if it is in this process, engine of a server."""
     if args.inside or args.overlapped:
-        order = overlap.overlapped() if args.overlapped else contextlib.nullcontext()
-        with order, conftest.running(model=folder, **SERVER) as server:
+        with (
+            overlap.overlapped(args.overlapped),
+            conftest.running(model=folder, **SERVER) as server,
+        ):
             yield int(server.url.rsplit(":", 1)[1]), os.getpid(), server
     else:
         options = [

@@ -109,6 +109,8 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         (input_outputs, "ContinuousBatchingIOs"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
+    fifo = api.batching.FIFOScheduler
+    monkeypatch.setitem(api.batching.scheduler.SCHEDULER_MAPPING, "fifo", fifo)
     monkeypatch.setattr(api, "varlen_attn", api.varlen_attn)
     with overlap.overlapped():
         yield monkeypatch
@@ -147,11 +149,9 @@ def engine(served: transformers.PreTrainedModel, blocks: int, pages: int) -> Any
 
 
 def generated(plain: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:
-    tokens = torch.tensor([prompt])
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return plain.generate(tokens, max_new_tokens=24, **options)[0].tolist()[
-        len(prompt) :
-    ]
+    (tokens,) = plain.generate(torch.tensor([prompt]), max_new_tokens=24, **options)
+    return tokens[len(prompt) :].tolist()
 
 
 def answers(

@@ -196,7 +196,8 @@ def test_a_client_that_leaves_while_waiting_gives_up_its_place(busy):
 
 
 def test_who_was_preempted_comes_again_when_the_only_other_one_leaves(tiny_folder):
-    with gated(tiny_folder, cache_tokens=128) as served, ThreadPoolExecutor(2) as pool:
+    small = {"cache_tokens": 128, "request_timeout": 60}
+    with gated(tiny_folder, **small) as served, ThreadPoolExecutor(2) as pool:
         processor, gate = served.engine.manager.batch_processor, served.gate.open
         offload = processor.offloading_manager.offload_requests
 
