@@ -8,50 +8,75 @@
     curl http://127.0.0.1:6006/ -H 'Content-Type: application/json' \\
          -d '{"prompt": "你好", "history": []}'
 
-A request takes one path, whichever route it came by: admit, template, submit,
-detokenise, reply. transformers' continuous batching is the engine; one thread owns
-the model, and the event loop never waits for it.
+Routes
+    POST /                      the tutorial's contract: prompt and history in, both out
+    POST /v1/chat/completions   the same for programs written for the OpenAI API
+    GET  /v1/models             the model that is served
+    GET  /health                200 when requests are answered, otherwise 503
+    GET  /metrics               figures for Prometheus
+    GET  /docs, /openapi.json   a page to try it on, and the schema behind it
+The first three and /metrics need the API key, where one is set.
+
+Limits (all are settings)
+    128 requests run at once on a GPU and 256 more wait; the next one gets a 503.
+    A body has at most 1 MiB and 30 seconds; a request has 300 seconds.
+    An answer has 512 tokens unless the request says otherwise; prompt and answer
+    together have what the model's context and the KV cache hold.
+
+A request takes one path, whichever route it came by: RequestMiddleware, SecuredRoute,
+reply(), Engine.submit(), the generation thread, Engine.process_outputs(), and back to
+reply(). One thread owns the model; the event loop never waits for it.
+
+The file follows the data: settings, wire format, engine, routes. Then comes a section
+on the insides of transformers and torch, which a first reading may skip, and last the
+entry points.
 """
 
 import asyncio
 import codecs
 import copy
 import gc
+import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import signal
 import socket
+import struct
 import sysconfig
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 # cuBLASLt multiplies few rows faster than cuBLAS. torch reads this when imported.
 os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
 
+import prometheus_client as prometheus
 import torch
 import transformers
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
-from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
@@ -69,21 +94,35 @@ except ImportError:
     varlen_attn = None
 
 logger = logging.getLogger("phi4")
-# Under torchrun each GPU has a process: number 0 serves, the others follow. A RANK
-# that something else has set counts for nothing.
-GPUS = int(os.environ.get("WORLD_SIZE", "1"))
-RANK = int(os.environ.get("RANK", "0")) % GPUS
+# torchrun starts a process for each GPU: number 0 serves, the others follow it. RANK
+# without WORLD_SIZE is ignored.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0")) % WORLD_SIZE
 
 # ------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------
 
 
-class Settings(BaseSettings, env_prefix="PHI4_", use_attribute_docstrings=True):
+class Limits(NamedTuple):
+    """Settings whose defaults depend on the device."""
+
+    max_running: int  # requests in the batch
+    max_admitted: int  # running or waiting
+    batch_tokens: int  # in one forward pass
+    cache_tokens: int  # in the KV cache; 0: what is left of the GPU's memory
+
+
+class Settings(BaseSettings):
     """Serve phi-4 over HTTP. Every option is an environment variable too:
     --max-new-tokens can be given as PHI4_MAX_NEW_TOKENS."""
 
-    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True)
+    model_config = SettingsConfigDict(
+        env_prefix="PHI4_",
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+    )
     model: Path = Path("models/LLM-Research/phi-4")
     """Folder with the model's files (python model_download.py fetches them)."""
     demo: bool = False
@@ -101,7 +140,7 @@ class Settings(BaseSettings, env_prefix="PHI4_", use_attribute_docstrings=True):
     compile: bool = True
     """Compile the layers on a GPU: up to 30 s once, then a quarter faster."""
     max_new_tokens: int = Field(512, ge=1)
-    """Longest answer, in tokens, for requests that do not say."""
+    """Default max_new_tokens of a request."""
     max_in_flight: int = Field(0, ge=0, le=1024)
     """Requests generated at the same time. 0: 128 on a GPU, 16 on a CPU."""
     max_waiting: int = Field(-1, ge=-1)
@@ -111,7 +150,7 @@ class Settings(BaseSettings, env_prefix="PHI4_", use_attribute_docstrings=True):
     batch_tokens: int = Field(0, ge=0)
     """Most tokens in one forward pass. 0: 8192 on a GPU, 256 on a CPU."""
     prefix_sharing: bool = True
-    """Compute a shared beginning once. Users could tell from timing what is cached."""
+    """Prefix caching: compute a shared beginning once. Timing shows what is cached."""
     request_timeout: float = Field(300, gt=0)
     """Seconds until a request that is not finished is given up with a 504."""
     body_timeout: float = Field(30, gt=0)
@@ -133,10 +172,15 @@ class Settings(BaseSettings, env_prefix="PHI4_", use_attribute_docstrings=True):
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
-    def places(self, gpu: bool) -> tuple[int, int]:
-        """How many requests may be in flight, and how many with those that wait."""
-        rows = self.max_in_flight or (128 if gpu else 16)
-        return rows, rows + (self.max_waiting if self.max_waiting >= 0 else 2 * rows)
+    def limits(self, gpu: bool) -> Limits:
+        max_running = self.max_in_flight or (128 if gpu else 16)
+        max_waiting = self.max_waiting if self.max_waiting >= 0 else 2 * max_running
+        return Limits(
+            max_running=max_running,
+            max_admitted=max_running + max_waiting,
+            batch_tokens=self.batch_tokens or (8192 if gpu else 256),
+            cache_tokens=self.cache_tokens or (0 if gpu else 16384),
+        )
 
     def keys(self) -> list[bytes]:
         return self.api_key.replace(",", " ").encode().split()
@@ -148,10 +192,9 @@ class Settings(BaseSettings, env_prefix="PHI4_", use_attribute_docstrings=True):
 
 # JSON can spell lone surrogates and UTF-8 cannot: the encoder's error is a ValueError.
 Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
-Zero = Annotated[float, Field(ge=0, le=0)] | None
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-Limit = Annotated[int, Field(ge=1)] | None
-Finish = Literal["stop", "length"]
+TokenLimit = Annotated[int, Field(ge=1)] | None
+FinishReason = Literal["stop", "length"]
 
 
 class Strict(BaseModel, strict=True, extra="forbid", use_attribute_docstrings=True):
@@ -163,7 +206,16 @@ class Turn(Strict):
     content: Text
 
 
-class Sampling(Strict):
+class SamplingParams(NamedTuple):
+    """How to choose among the logits of a request that is not greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+class SamplingFields(Strict):
     """What both routes accept; null means the default."""
 
     stream: bool | None = None
@@ -179,15 +231,15 @@ class Sampling(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Makes a sampled answer repeatable."""
 
-    def sampling(self) -> dict[str, Any]:
-        """What the Runner needs to know of a request: nothing if it is greedy."""
+    def sampling_params(self) -> SamplingParams | None:
+        """None for a greedy request."""
         if not self.temperature:
-            return {}
+            return None
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        return {"sampling": (self.temperature, self.top_p or 1, self.top_k or 0, seed)}
+        return SamplingParams(self.temperature, self.top_p or 1, self.top_k or 0, seed)
 
 
-class ChatAnswer(BaseModel):
+class ChatResponse(BaseModel):
     """The answer of `POST /`: exactly these keys."""
 
     response: str
@@ -196,33 +248,33 @@ class ChatAnswer(BaseModel):
     time: str = Field(examples=["2026-01-31 12:00:00"])
 
 
-EXAMPLE = {"prompt": "What is the capital of France?", "history": []}
+CHAT_EXAMPLE = {"prompt": "What is the capital of France?", "history": []}
 
 
-class ChatRequest(Sampling, json_schema_extra={"example": EXAMPLE}):
+class ChatRequest(SamplingFields, json_schema_extra={"example": CHAT_EXAMPLE}):
     """The body of `POST /`."""
 
     prompt: Text = Field(min_length=1)
     """What the user says next."""
     history: list[Turn] = Field([], fail_fast=True)
     """The conversation before it, as the last answer gave it."""
-    max_new_tokens: Limit = None
+    max_new_tokens: TokenLimit = None
     """Longest answer in tokens; the default is 512, or what the context has left."""
 
     def turns(self) -> list[Turn]:
         return [*self.history, Turn(role="user", content=self.prompt)]
 
-    def answer(self, done: "Answer") -> ChatAnswer:
+    def to_response(self, generation: "Generation") -> ChatResponse:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        turns = [*self.turns(), Turn(role="assistant", content=done.text)]
-        return ChatAnswer(response=done.text, history=turns, time=now)
+        turns = [*self.turns(), Turn(role="assistant", content=generation.text)]
+        return ChatResponse(response=generation.text, history=turns, time=now)
 
-    def lines(self, done: "Answer", sent: int) -> Iterator[bytes]:
-        """Data of the next events of a stream; `sent` characters are out already."""
-        if delta := done.text[sent:]:
+    def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
+        """Data of the next server-sent events; `sent` characters are out already."""
+        if delta := generation.text[sent:]:
             yield b'{"delta": %b}' % to_json(delta)
-        if done.finish_reason:
-            yield to_json(self.answer(done))
+        if generation.finish_reason:
+            yield to_json(self.to_response(generation))
 
 
 class StreamOptions(Strict, extra="ignore"):
@@ -233,7 +285,8 @@ class TextFormat(Strict, extra="ignore"):
     type: Literal["text"]
 
 
-class TextPart(TextFormat):
+class TextPart(Strict, extra="ignore"):
+    type: Literal["text"]
     text: Text
 
 
@@ -242,15 +295,16 @@ class OpenAITurn(Strict, extra="ignore"):
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     def turn(self) -> Turn:
-        parts = [self.content] if isinstance(self.content, str) else self.content
-        text = "".join(getattr(part, "text", part) for part in parts)
-        return Turn(role=self.role.replace("developer", "system"), content=text)
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return Turn(role=role, content=self.content)
+        return Turn(role=role, content="".join(part.text for part in self.content))
 
 
-class Choice(BaseModel):
+class OpenAIChoice(BaseModel):
     index: Literal[0] = 0
     message: Turn
-    finish_reason: Finish
+    finish_reason: FinishReason
 
 
 class ChatCompletion(BaseModel):
@@ -260,7 +314,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[OpenAIChoice]
     usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
 
 
@@ -271,26 +325,39 @@ class ModelList(BaseModel):
     data: list[dict[Literal["id", "object", "created", "owned_by"], str | int]]
 
 
-ASKED = {"model": "phi-4", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
+# Types of fields that are accepted only at the value that changes nothing: any other
+# value would change the answer in a way that this server cannot.
+NeutralZero = Annotated[float, Field(ge=0, le=0)] | None
+NeutralFalse = Annotated[bool, Field(le=False)] | None
+NeutralOne = Annotated[int, Field(ge=1, le=1)] | None
+NeutralList = Annotated[list[Any], Field(max_length=0)] | None
+NeutralDict = Annotated[dict[str, Any], Field(max_length=0)] | None
+
+OPENAI_EXAMPLE = {
+    "model": "phi-4",
+    "messages": [{"role": "user", "content": "What is 2 + 2?"}],
+}
 
 
-class OpenAIRequest(Sampling, extra="ignore", json_schema_extra={"example": ASKED}):
+class OpenAIRequest(
+    SamplingFields, extra="ignore", json_schema_extra={"example": OPENAI_EXAMPLE}
+):
     """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored;
     listed ones that this server cannot honour take their neutral value only."""
 
     model: Text | None = None
     messages: list[OpenAITurn] = Field(min_length=1, fail_fast=True)
-    max_tokens: Limit = None
-    max_completion_tokens: Limit = None
+    max_tokens: TokenLimit = None
+    max_completion_tokens: TokenLimit = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: NeutralOne = None
     response_format: TextFormat | None = None
-    logprobs: Annotated[bool, Field(le=False)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logprobs: NeutralFalse = None
+    tools: NeutralList = None
+    functions: NeutralList = None
+    presence_penalty: NeutralZero = None
+    frequency_penalty: NeutralZero = None
+    logit_bias: NeutralDict = None
 
     def turns(self) -> list[Turn]:
         return [message.turn() for message in self.messages]
@@ -299,292 +366,48 @@ class OpenAIRequest(Sampling, extra="ignore", json_schema_extra={"example": ASKE
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def answer(self, done: "Answer") -> ChatCompletion:
-        turn = Turn(role="assistant", content=done.text)
-        choice = Choice(message=turn, finish_reason=done.finish_reason)
-        return ChatCompletion(**done.head, choices=[choice], usage=done.usage())
+    def to_response(self, generation: "Generation") -> ChatCompletion:
+        turn = Turn(role="assistant", content=generation.text)
+        choice = OpenAIChoice(message=turn, finish_reason=generation.finish_reason)
+        return ChatCompletion(
+            **generation.openai_fields(), choices=[choice], usage=generation.usage()
+        )
 
-    def lines(self, done: "Answer", sent: int) -> Iterator[bytes]:
-        head = done.head | {"object": "chat.completion.chunk"}
+    def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
+        """Data of the next server-sent events; `sent` characters are out already."""
+        fields = generation.openai_fields() | {"object": "chat.completion.chunk"}
 
-        def chunk(delta: dict[str, str], reason: Finish | None = None) -> bytes:
+        def chunk(delta: dict[str, str], reason: FinishReason | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            return to_json(head | {"choices": [choice]})
+            return to_json(fields | {"choices": [choice]})
 
         if not sent:
             yield chunk({"role": "assistant", "content": ""})
-        if delta := done.text[sent:]:
+        if delta := generation.text[sent:]:
             yield chunk({"content": delta})
-        if done.finish_reason:
-            yield chunk({}, done.finish_reason)
+        if generation.finish_reason:
+            yield chunk({}, generation.finish_reason)
             if self.stream_options and self.stream_options.include_usage:
-                yield to_json(head | {"choices": [], "usage": done.usage()})
+                yield to_json(fields | {"choices": [], "usage": generation.usage()})
             yield b"[DONE]"
 
 
-Asked = ChatRequest | OpenAIRequest
+AnyChatRequest = ChatRequest | OpenAIRequest
 
 
 # ------------------------------------------------------------------------------
-# Attention and sampling
+# Engine: from a request to its text
 # ------------------------------------------------------------------------------
 
 
-class Scheduler(batching.FIFOScheduler):
-    """Ends a cancelled request as if it had finished, of which the library alone takes
-    no care. On a GPU it may be in a step that runs, and its token has to be passed
-    over: its pages are gone. And no other request would start after a preemption."""
-
-    def clear_cancelled_requests(self) -> list[batching.RequestState]:
-        cancelled = super().clear_cancelled_requests()
-        for state in cancelled:
-            state.status = batching.RequestStatus.FINISHED
-            self.block_new_requests = False
-        return cancelled
+def unavailable(detail: str) -> HTTPException:
+    """Loading, full, restarting or leaving: trying again helps."""
+    return HTTPException(503, detail, {"Retry-After": "1"})
 
 
-class Runner(batching.model_runner.ModelRunner):
-    """Greedy and sampled requests share a batch. The library takes the likeliest token
-    of each row; here the rows that want another are drawn again afterwards, outside of
-    the CUDA graph, so the others do not pay for it."""
-
-    scores: Tensor | None = None  # (rows, vocabulary) of the step
-
-    @property
-    def host(self) -> batching.input_outputs.ContinuousBatchingIOs:
-        """What the step is made of; on a GPU the next one is prepared meanwhile."""
-        ios = self.inputs_and_outputs
-        pairs = getattr(ios, "io_pairs", None)
-        return pairs[ios.current_pair].host_io if pairs else ios
-
-    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        if self.scores is None:
-            rows = self.cb_config.max_requests_per_batch
-            self.scores = scores.new_empty(rows, scores.shape[-1])
-        self.scores[: scores.shape[1]] = scores[0]
-        super()._sample(scores, output_ids)
-
-    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
-        ios, device = self.inputs_and_outputs, model.device
-        # A CPU notices that tensors need not be watched: 3% of a step.
-        with torch.inference_mode() if device.type == "cpu" else torch.no_grad():
-            super().compute_batch(model, batch_data)
-        requests = self.host.requests_in_batch
-        states = [each.state for each in requests if each.has_new_token]
-        chosen = [
-            (row, *state.logit_processor_kwargs["sampling"], state.position_offset)
-            for row, state in enumerate(states)
-            if state.logit_processor_kwargs
-        ]
-        if not chosen:
-            return
-        with batching.utils.stream_context(ios.compute_stream):
-            table = torch.tensor([each[:4] for each in chosen], dtype=torch.float64)
-            if device.type == "cuda":  # from other memory a copy waits for the GPU
-                table = table.pin_memory().to(device, non_blocking=True)
-            rows, limits = table[:, 0].long(), table[:, 1:]
-            scores = self.scores[rows]
-            noise = torch.empty_like(scores)
-            for line, (*_, seed, position) in zip(noise, chosen, strict=True):
-                # The same seed and position give the same noise whatever else is in
-                # the batch; the position is right after a preemption, too. Hashed,
-                # because a CPU's generator looks at 32 bits of its seed.
-                key = hash((*divmod(seed % 2**64, 2**32), position)) % 2**63
-                line.exponential_(generator=torch.Generator(device).manual_seed(key))
-            ios.output_ids[0, rows] = draw(scores, noise, limits).int()
-
-
-def draw(scores: Tensor, noise: Tensor, limits: Tensor) -> Tensor:
-    """Draw a token for each row. Scores and exponential noise are (rows, vocabulary),
-    limits (rows, 3): temperature, top_p and top_k.
-
-    The likeliest token after dividing by such noise is a draw from the softmax.
-    """
-    temperature, top_p, top_k = limits.split(1, dim=1)
-    logprobs = (scores / temperature.clamp(min=1e-6).float()).log_softmax(-1)
-    top = logprobs.topk(min(1024, scores.shape[-1])).values  # no full sort
-    likelier = top.exp().cumsum(-1) - top.exp()  # probability of the tokens before
-    top_k = top_k.masked_fill(top_k == 0, torch.inf)
-    rank = torch.arange(top.shape[-1], device=top.device)
-    kept = (likelier < top_p.clamp(min=1e-6)) & (rank < top_k)
-    least = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    dropped = (logprobs < least) & ((top_p < 1) | (top_k < torch.inf))
-    return (logprobs - noise.log()).masked_fill(dropped, -torch.inf).argmax(-1)
-
-
-PAGE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
-# Prefill steps of up to so many tokens are CUDA graphs, one for each multiple of 64;
-# larger ones keep the GPU busy for longer than their launches take.
-GRAPHED, MULTIPLE = 2048, 64
-# One prompt of more than FAR tokens is cuDNN's, which takes half the time but plans
-# each new length for 60 ms: it gets multiples of PLANNED.
-FAR, PLANNED = 4096, 1024
-NEAR = 768  # cached tokens that one block of threads reads faster than several
-
-
-@torch.library.custom_op("phi4::attend", mutates_args=("cache",))
-def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
-    """Append keys and values to a layer's cache, attend to it: (tokens, heads, dim)."""
-    slots, options = FlashRunner.step
-    cache.index_copy_(0, slots, kv)
-    k, v = kv.chunk(2)  # enough if nothing is cached, and faster than pages
-    if "block_table" in options:
-        pages = cache.unflatten(0, (-1, PAGE))
-        k, v = pages[:-1], pages[1:]
-    elif FlashRunner.shape[-1] == 1 and len(q) > FAR:
-        more = 0, 0, 0, 0, 0, -len(q) % PLANNED
-        padded = (pad(x, more).transpose(0, 1)[None] for x in (q, k, v))
-        out = sdpa(*padded, is_causal=True, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1)[: len(q)].contiguous()
-    return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **options)
-
-
-attend.register_fake(lambda q, kv, cache, scale: torch.empty_like(q))
-
-
-def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
-    """Attention for transformers: query, key and value are (1, heads, tokens, dim)."""
-    q, k, v = (x[0].transpose(0, 1) for x in qkv[:3])
-    kv, scale = torch.cat((k, v)), options["scaling"]
-    return attend(q.contiguous(), kv, module.kv_cache, scale)[None], None
-
-
-class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
-    """Lists the pages of all requests, where the library does for decoding alone."""
-
-    def prepare_batch_tensors(self, requests: list, *options: Any) -> None:
-        super().prepare_batch_tensors(requests, options[0], True, *options[2:])
-
-    def _get_graph_key(self) -> tuple[int, ...]:
-        return FlashRunner.shape
-
-
-class FlashRunner(Runner):
-    """Runs steps in a few fixed shapes, all of them prepared by `warmup`.
-
-    A page of the cache holds the keys of its tokens, and the next page their values.
-    """
-
-    shape: tuple[int, int, int, int]  # tokens, longest row, most keys, fresh prompts
-    # Slots of the new tokens and options of the kernel. Passed through the model they
-    # would have its layers compiled again for each step.
-    step: tuple[Tensor, dict[str, Any]]
-    compiled: bool
-
-    def _get_forward_fn(self, use_block_table: bool) -> tuple:
-        """What runs the step, and whether that is a CUDA graph."""
-        host, tokens = self.host, self.host.num_q_tokens
-        longest, graphed = host.max_length_q, tokens <= GRAPHED
-        (reach,), (cached,) = host.max_length_k.values(), host.total_seqlen_k.values()
-        # Without anything cached the new keys are enough.
-        fresh = len(host.requests_in_batch) if cached == host.total_seqlen_q else 0
-        if graphed:  # its shape has to fit other steps too
-            near = longest == 1 and max(reach, self.least) <= NEAR
-            reach = NEAR if near else host.block_table.shape[-1] * PAGE
-            longest, fresh = 1 if longest == 1 else tokens, 0
-        FlashRunner.shape = tokens, longest, reach, fresh
-        return self._forward_process_and_sample, graphed and self.use_cuda_graph_varlen
-
-    def _forward_process_and_sample(self, model: Any, batch: dict, *io: Any) -> None:
-        tokens, longest, reach, fresh = self.shape
-        (table,), (place,) = batch["block_table"], batch["position_ids"].long()
-        starts, (ends,) = batch["cu_seq_lens_q"], batch["cu_seq_lens_k"].values()
-        # Padding belongs to a row after the last, whose page is -1. Clamped, that is
-        # a page of no request.
-        index = torch.arange(tokens, device=place.device, dtype=starts.dtype)
-        row = torch.bucketize(index, starts[1:], right=True)
-        page = pad(table, (0, 0, 0, 1), value=-1)[row, place // PAGE]
-        slots = (page * PAGE + place % PAGE).clamp(min=0)
-        options = {"cu_seq_q": starts, "cu_seq_k": ends, "max_q": longest}
-        # The kernel groups the heads of a single token, but not if it is causal.
-        options |= {"max_k": reach, "window_size": (-1, 0 if longest > 1 else -1)}
-        options["num_splits"] = 1 if longest > 1 or reach == NEAR else None
-        if not fresh:
-            options |= {"seqused_k": ends.diff(), "block_table": table}
-        FlashRunner.step = torch.cat((slots, slots + PAGE)), options
-        super()._forward_process_and_sample(model, batch, *io)
-
-    def warmup(self, model: nn.Module) -> None:
-        """Compile the layers and capture every graph, for both sets of buffers.
-        Raises RuntimeError if a step fails."""
-        cache, most = self.cache, self.cb_config.max_requests_per_batch
-        (allocator,) = cache.cache_allocators.values()
-        views = [keys for keys, _ in allocator._kv_token_views.values()]
-        for layer, view in zip(model.model.layers, views, strict=True):
-            # Equal sizes and no graph break let all layers share one compiled layer.
-            layer.self_attn.kv_cache = view[: len(views[-1])]
-            layer.compile(fullgraph=True, disable=not self.compiled)
-        room = min(cache.num_blocks - 1, cache.max_blocks_per_request) * PAGE
-        large = min(cache.max_batch_tokens, room)
-        # The largest come first: the compiled kernels are tuned for the first they see.
-        steps = [(0, n, 0) for n in (large, *range(min(GRAPHED, large), 0, -MULTIPLE))]
-        decode = sorted({most, *(2**i for i in range(most.bit_length()))}, reverse=True)
-        steps += [(least, n, None) for least in (NEAR + 1, 0) for n in decode]
-        for half in (1, 2):
-            logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
-            for self.least, n, past in steps:  # least: pretend so many cached tokens
-                # The search makes a single row's matmuls 7% faster, in 14 seconds.
-                with torch._inductor.config.patch(coordinate_descent_tuning=n == 1):
-                    if not self.run_one_warmup(model, n, past):
-                        raise RuntimeError("warm-up failed; --cache-tokens may help")
-                torch.cuda.synchronize()  # the next step has the same buffers
-            self.inputs_and_outputs.swap_io_pairs()
-        cache.reset()
-
-
-def can_compile() -> bool:
-    """Whether Triton, a C compiler and Python's headers are there; it needs all."""
-    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    header = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return compiler and header and importlib.util.find_spec("triton") is not None
-
-
-FLASH = "torch_flash_2"  # the engine decodes from pages for names like ".*flash.*2"
-
-
-def pick_attention(device: torch.device, dtype: str, compiled: bool) -> str:
-    """Teach the library this attention; its name, or "sdpa" where it cannot run."""
-    batching.continuous_api.ModelRunner = Runner
-    batching.scheduler.SCHEDULER_MAPPING["fifo"] = Scheduler
-    if device.type != "cuda":
-        # Copies no key for all heads that share it: a sixth of the time for 16 rows of
-        # 300 tokens. With a mask, a GPU has no fast kernel for that.
-        os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
-        return "sdpa"
-    paged = "block_table" in (getattr(varlen_attn, "__kwdefaults__", None) or {})
-    if dtype == "float32" or not paged:
-        logger.warning("no flash attention for float32 or this torch: 5 times slower")
-        return "sdpa"
-    FlashRunner.compiled = compiled and can_compile()
-    if compiled and not FlashRunner.compiled:
-        logger.warning("no gcc, Python headers or Triton: about a fifth slower")
-    # The library asks for functions of this name, and calls what is registered below.
-    flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
-    transformers.AttentionInterface.register(FLASH, flash_attention)
-    batching.continuous_api.ModelRunner = FlashRunner
-    batching.input_outputs.ContinuousBatchingIOs = FlashIOs
-    return FLASH
-
-
-# Several GPUs share the model as the library plans it: attention is computed on each in
-# full, with the whole cache. Its plan would also gather the widest activations.
-PLAN = {
-    "model.layers.*.mlp.gate_up_proj": "packed_colwise",
-    "model.layers.*.mlp.down_proj": "rowwise",
-}
-
-
-# ------------------------------------------------------------------------------
-# Engine
-# ------------------------------------------------------------------------------
-
-
-# Loading, full, restarting or leaving: trying again helps.
-Unavailable = partial(HTTPException, 503, headers={"Retry-After": "1"})
-
-
-class Answer:
-    """An answer as it grows: the engine's tokens go in, every route formats it.
+class Generation:
+    """One request from its admission to its last token: the engine feeds tokens in, and
+    every route formats the text that comes out.
 
     The text never ends inside a character or inside a stop string. Bytes that cannot
     be UTF-8 become U+FFFD, as in `tokenizer.decode`; a character that is cut off by
@@ -593,21 +416,23 @@ class Answer:
 
     def __init__(self, model: str, stop: str | list[str] | None) -> None:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
-        # What all that OpenAI's clients get of it begins with.
-        self.head = {"id": self.id, "created": int(time.time()), "model": model}
-        self.stop = [stop] if isinstance(stop, str) else stop or []
+        self.model, self.created = model, int(time.time())
+        self.stop_strings = [stop] if isinstance(stop, str) else stop or []
+        self.longest_stop = max(map(len, self.stop_strings), default=0)
         self.prompt_tokens = self.completion_tokens = 0
-        self.text, self.held = "", ""  # held: perhaps the beginning of a stop string
-        self.finish_reason: Finish | None = None
-        self.error: HTTPException | None = None
+        self.text = ""
+        self.held = ""  # the end of the text that may be the beginning of a stop string
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.grown = asyncio.Event()  # set when there is more text, or an end
-        self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
+        self.changed = asyncio.Event()  # set when there is more text, or an end
+        self.arrived = time.monotonic()
+        self.first_token = self.last_token = 0.0  # when they came; 0: not yet
 
-    async def more(self) -> None:
-        """Wait until it has grown or ended. Raises what went wrong."""
-        await self.grown.wait()
-        self.grown.clear()
+    async def wait(self) -> None:
+        """Wait until there is more text, or an end. Raises what went wrong."""
+        await self.changed.wait()
+        self.changed.clear()
         if self.error:
             raise self.error
 
@@ -617,292 +442,105 @@ class Answer:
         if token is None:
             return self.finish("stop")
         text = self.held + self.decoder.decode(token)
-        ends = [at for string in self.stop if (at := text.find(string)) >= 0]
-        begun = (n for s in self.stop for n in range(len(s)) if text.endswith(s[:n]))
-        shown = min(ends) if ends else len(text) - max(begun, default=0)
-        self.text, self.held = self.text + text[:shown], text[shown:]
-        if ends:
-            self.finish_reason, self.held = "stop", ""
+        found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
+        if found:
+            shown, self.held = text[: min(found)], ""
+            self.finish_reason = "stop"
+        else:
+            end = len(text) - self.length_to_hold(text)
+            shown, self.held = text[:end], text[end:]
+        self.text += shown
         if shown:
-            self.grown.set()
+            self.changed.set()
 
-    def finish(self, reason: Finish) -> None:
-        """End the answer, if no stop string has; what was held back belongs to it."""
+    def length_to_hold(self, text: str) -> int:
+        """Characters at the end of the text with which a stop string may begin."""
+        for length in range(min(len(text), self.longest_stop - 1), 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self.stop_strings):
+                return length
+        return 0
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the answer, if no stop string has; what was held belongs to it."""
         if self.finish_reason is None:
-            self.finish_reason, self.text = reason, self.text + self.held
+            self.finish_reason = reason
+            self.text += self.held
 
     def usage(self) -> dict[str, int]:
-        used = {"prompt_tokens": self.prompt_tokens}
-        used["completion_tokens"] = self.completion_tokens
-        return used | {"total_tokens": sum(used.values())}
+        prompt, new = self.prompt_tokens, self.completion_tokens
+        used = {"prompt_tokens": prompt, "completion_tokens": new}
+        return used | {"total_tokens": prompt + new}
 
-    def account(self) -> str:
-        """Count it for /metrics. Returns what the log says of it."""
-        first, new = self.first_token - self.started, self.completion_tokens
-        PROMPT_TOKENS.inc(self.prompt_tokens)
-        NEW_TOKENS.inc(new)
-        if new:
-            FIRST.observe(first)
-        if new > 1:
-            EACH.observe((self.last_token - self.first_token) / (new - 1))
-        return f"in={self.prompt_tokens} out={new} first={max(first, 0):.3f}s"
+    def openai_fields(self) -> dict[str, str | int]:
+        """What OpenAI's response and each of its chunks begin with."""
+        return {"id": self.id, "created": self.created, "model": self.model}
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token, in seconds; 0 if there was none."""
+        return self.first_token - self.arrived if self.first_token else 0.0
+
+
+# How --quantize stores the weights of linear layers, with bitsandbytes.
+QUANTIZATION = {
+    "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
+    "int4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+}
+QUANTIZED_SIZE = {"none": 1.0, "int8": 0.55, "int4": 0.35}  # of that in bfloat16
 
 
 def preflight(settings: Settings) -> torch.device:
     """The device. Raises ValueError for what can be known before loading."""
-    folder, cuda = settings.model, torch.cuda
+    folder, device = settings.model, settings.device
     if not settings.demo and (missing := model_download.missing_files(folder)):
         lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
         hint = "python model_download.py downloads phi-4, --demo needs no download"
         raise ValueError(f"{folder} {lacks}: {hint}")
-    size = {"none": 1.0, "int8": 0.55, "int4": 0.35}[settings.quantize]
-    if size < 1 and GPUS > 1:
-        raise ValueError("--quantize works on one GPU, not under torchrun")
-    if size < 1 and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("--quantize needs: pip install bitsandbytes==0.50.2")
-    auto = "cpu" if settings.demo and not cuda.is_available() else f"cuda:{RANK}"
-    device = torch.device(settings.device.replace("auto", auto))
-    if device.type == "cpu":
-        return device
+    if settings.quantize != "none":
+        if WORLD_SIZE > 1:
+            raise ValueError("--quantize works on one GPU, not under torchrun")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("--quantize needs: pip install bitsandbytes==0.50.2")
+    if device == "auto":
+        on_cpu = settings.demo and not torch.cuda.is_available()
+        device = "cpu" if on_cpu else f"cuda:{RANK}"
+    if device != "cpu":
+        check_gpu(device, settings)
+    return torch.device(device)
+
+
+def check_gpu(device: str, settings: Settings) -> None:
+    """Raises ValueError if the GPU does not work, or cannot hold the model."""
     try:
-        name = cuda.get_device_name(device)  # torch explains old drivers well
+        name = torch.cuda.get_device_name(device)  # torch explains old drivers well
     except (AssertionError, RuntimeError) as error:
         hint = "README: which torch for which driver. Without a GPU, --demo works"
         why = f"{device} with torch {torch.__version__}: {error}"
         raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
-    full = settings.dtype == "float32"
-    if cuda.get_device_capability(device) < (8, 0) and not full:
+    float32 = settings.dtype == "float32"
+    if torch.cuda.get_device_capability(device) < (8, 0) and not float32:
         hint = "--dtype float32 runs on it, slowly, in twice the memory"
         raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
-    files = [] if settings.demo else folder.glob("*.safetensors")
-    weights = sum(file.stat().st_size for file in files) * size
-    needed = weights * (1 + full) / GPUS / 2**30 + 2
-    if (free := cuda.mem_get_info(device)[0] / 2**30) < needed:
+    files = [] if settings.demo else settings.model.glob("*.safetensors")
+    weights = sum(file.stat().st_size for file in files) / WORLD_SIZE
+    weights *= QUANTIZED_SIZE[settings.quantize] * (2 if float32 else 1)
+    needed, free = weights / 2**30 + 2, torch.cuda.mem_get_info(device)[0] / 2**30
+    if free < needed:
         raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
-    return device
 
 
-# How --quantize stores the weights of linear layers: in int8, or in 4 bits (NF4).
-NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
-QUANTIZED = {
-    "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
-    "int4": {"load_in_4bit": True, **NF4},
-}
-
-
-# Characters that are tokenised on the event loop: in a millisecond or two, which
-# handing over to a thread takes, too, when many requests arrive at once. A turn costs
-# as much as 50 more.
-SHORT, TURN_COST = 2048, 50
-
-
-class Engine:
-    """The model, the one thread that runs it, and the requests it has in hand."""
-
-    manager: Any = None
-    device: torch.device | None = None
-    exit = staticmethod(os._exit)  # a thread may hang: there is no ordinary way out
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.created = settings, int(time.time())
-        folder = model_download.DEMO_NAME if settings.demo else settings.model.resolve()
-        self.name = settings.served_model_name or Path(folder).name
-        self.state: Literal["loading", "ok", "draining"] = "loading"
-        self.pending: dict[str, Answer] = {}  # in flight or waiting
-        self.tokenizing = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
-
-    def load(self) -> None:
-        """Load the model and warm it up; takes seconds to minutes. To be called in a
-        thread that ends then and takes its OpenMP threads along: as long as they exist,
-        those of the generation thread sleep at every barrier."""
-        settings = self.settings
-        self.device = device = preflight(settings)
-        gpu = device.type == "cuda"
-        # Processors that multiply bfloat16 are faster with it, others far slower.
-        fast = "bfloat16" if gpu or torch.cpu._is_avx512_bf16_supported() else "float32"
-        dtype = settings.dtype.replace("auto", fast)
-        folder = model_download.demo_model() if settings.demo else settings.model
-        logger.info("loading %s on %s as %s", folder, device, dtype)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.short_tokenizer = copy.deepcopy(self.tokenizer)  # of the event loop
-        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # costs speed
-        logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=pick_attention(device, dtype, settings.compile),
-            device_map=device if GPUS == 1 else None,
-            distributed_config={"tp_plan": PLAN},  # for as many as torchrun started
-            quantization_config=QUANTIZED.get(settings.quantize),
-        )
-        # Early copies of phi-4 name the wrong end token in their config.
-        own, known = model.generation_config.eos_token_id, self.tokenizer.get_vocab()
-        ends = {known.get("<|im_end|>"), known.get("<|endoftext|>")}
-        ends |= {*own} if isinstance(own, list) else {own}
-        ends = sorted(ends - {None})
-        size = model.config.vocab_size  # a model can say what no tokenizer knows
-        if len(self.tokenizer) > size:
-            raise ValueError("the tokenizer has more tokens than the model")
-        self.token_bytes = bytes_of_tokens(self.tokenizer, ends, size)
-        page, cache, batch = (PAGE, 0, 8192) if gpu else (16, 16384, 256)
-        self.rows, self.most = settings.places(gpu)
-        context = model.config.max_position_embeddings
-        config = transformers.ContinuousBatchingConfig(
-            page_size=page,
-            # None: what is left of the GPU
-            num_blocks=-(-(settings.cache_tokens or cache) // page) or None,
-            max_batch_tokens=settings.batch_tokens or batch,
-            max_requests_per_batch=self.rows,
-            max_blocks_per_request=-(-context // page) if gpu else 0,
-            allow_block_sharing=settings.prefix_sharing,
-            auto_switch_to_flash=False,
-        )
-        greedy = transformers.GenerationConfig(eos_token_id=ends)
-        self.manager = model.init_continuous_batching(greedy, config)
-        self.manager.logit_processor.supported_keys["sampling"] = tuple
-        gc.disable()  # nothing else may touch the GPU while a graph is captured
-        self.manager.warmup()
-        gc.enable()
-        self.cache = self.manager.batch_processor.cache
-        self.capacity = min(context, self.cache.num_blocks * page)
-        gc.freeze()  # or each full collection stops everyone for half a second
-
-    def template(self, turns: list[Turn], short: bool = False) -> list[int]:
-        """Token ids of a conversation. Control tokens inside a message stay text."""
-        messages = [turn.model_dump() for turn in turns]
-        options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
-        tokenizer = self.short_tokenizer if short else self.tokenizer
-        return tokenizer.apply_chat_template(messages, **options)["input_ids"]
-
-    def late_template(self, turns: list[Turn], answer: Answer) -> list[int]:
-        """The same in a thread, where its turn may come when nobody waits any more."""
-        if answer.error:
-            raise answer.error
-        return self.template(turns)
-
-    async def run(self) -> None:
-        """Load, then watch: a generation thread that died is started again; one that
-        hangs cannot be, so the process ends and its supervisor restarts it."""
-        loop, settings = asyncio.get_running_loop(), self.settings
-        late = f"not finished after {settings.request_timeout:g} seconds"
-        try:
-            if self.manager is None:
-                await loop.run_in_executor(ThreadPoolExecutor(1), self.load)
-            router = self.manager.output_router
-            router.deliver_batch = partial(loop.call_soon_threadsafe, self.receive)
-            router.deliver = lambda output: router.deliver_batch([output])
-            self.manager.start()
-            self.state = "ok"
-            logger.info("ready: %s on %s", self.name, self.device)
-            batch, moved = -1, time.monotonic()
-            while True:
-                await asyncio.sleep(0.1)
-                self.release_all(HTTPException(504, late), settings.request_timeout)
-                # Work of clients who have given up counts, too.
-                busy = self.manager.batch_processor.has_pending_requests()
-                busy = busy or not self.manager.input_queue.empty()
-                if self.status == "down":
-                    await self.revive()
-                elif batch != self.manager.current_batch or not busy:
-                    batch, moved = self.manager.current_batch, time.monotonic()
-                elif time.monotonic() - moved > settings.stall_timeout:
-                    raise TimeoutError("no forward pass in --stall-timeout seconds")
-        except Exception as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())  # one line
-            logger.critical("%s cannot be served: %s", self.name, why)
-            logger.debug("details", exc_info=True)
-            self.release_all(Unavailable("the engine failed for good"))
-            await asyncio.sleep(0.5)  # for the 503s to get out
-            self.exit(EXIT_LOAD if self.state == "loading" else EXIT_ENGINE)
-
-    async def revive(self) -> None:
-        """Start a dead generation thread again. Raises if the GPU does not work."""
-        reason = self.manager.background_thread_status.fatal_error
-        if GPUS > 1:  # all processes have to start again
-            raise RuntimeError(reason or "the process of another GPU has failed")
-        logger.error("generation died and is started again: %s", reason)
-        self.release_all(Unavailable("the engine failed and is restarting"))
-        await asyncio.to_thread(self.manager.join, time.perf_counter())
-        torch.get_device_module(self.device).synchronize(self.device)
-        self.manager.start()
-
-    @property
-    def status(self) -> Literal["loading", "ok", "down", "draining"]:
-        if self.state != "ok":
-            return self.state
-        reason = self.manager.background_thread_status.can_accept_new_requests()
-        return "down" if reason else "ok"
-
-    @asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """What runs as long as the app is served; the model is loaded at its start."""
-        running = asyncio.create_task(self.run())
-        yield
-        running.cancel()
-        self.state = "draining"
-        self.release_all(Unavailable("the server is leaving"))
-        if self.manager is not None:
-            await asyncio.to_thread(self.manager.stop, timeout=15, hard_stop=True)
-
-    async def submit(self, body: Asked, answer: Answer) -> None:
-        """Admit, template and submit a request: its answer grows from then on, until
-        it is released. Raises HTTPException: 400, 499, 503 or 504."""
-        if self.status != "ok":
-            raise Unavailable(f"the server is {self.status}")
-        if len(self.pending) >= self.most:
-            raise Unavailable(f"{len(self.pending)} requests are in flight or waiting")
-        self.pending[answer.id] = answer
-        turns, run = body.turns(), asyncio.get_running_loop().run_in_executor
-        if sum(TURN_COST + len(turn.content) for turn in turns) <= SHORT:
-            tokens = self.template(turns, True)
-        else:
-            tokens = await run(self.tokenizing, self.late_template, turns, answer)
-        if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
-            raise ValueError("token ids outside the vocabulary, or none")
-        if answer.error:
-            raise answer.error
-        wanted = body.max_new_tokens
-        limit = min(wanted or self.settings.max_new_tokens, self.capacity - len(tokens))
-        if limit < (wanted or 1):
-            need = f"{len(tokens)} prompt tokens and {wanted or 'any'} new ones"
-            raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
-        answer.prompt_tokens = len(tokens)
-        options = body.sampling()
-        if not self.manager.add_request(tokens, answer.id, limit, True, **options):
-            raise Unavailable("the engine is restarting")
-
-    def receive(self, outputs: list[Any]) -> None:
-        """Bring answers up to the engine's newest outputs; on the event loop."""
-        for output in outputs:
-            answer = self.pending.get(output.request_id)
-            if answer is None:  # a cancel that overtakes its own request is lost
-                self.manager.cancel_request(output.request_id)
-                continue
-            if output.error:
-                self.release(answer, Unavailable("the engine failed and is restarting"))
-                continue
-            answer.last_token = time.monotonic()
-            answer.first_token = answer.first_token or answer.last_token
-            for token in output.generated_tokens[answer.completion_tokens :]:
-                if answer.finish_reason is None:
-                    answer.feed(self.token_bytes[token])
-            if output.is_finished():
-                answer.finish("length")
-            if answer.finish_reason:
-                self.release(answer)
-
-    def release(self, answer: Answer, error: HTTPException | None = None) -> None:
-        """Free the place of an answer that has ended, or that nobody waits for."""
-        if self.pending.pop(answer.id, None):
-            self.manager.cancel_request(answer.id)
-            answer.error = error
-            answer.grown.set()
-
-    def release_all(self, error: HTTPException, age: float = 0) -> None:
-        """Release the answers that have taken at least `age` seconds."""
-        for answer in list(self.pending.values()):
-            if time.monotonic() - answer.started >= age:
-                self.release(answer, error)
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer. Early copies of phi-4 name the wrong one in their
+    config, so <|im_end|> and <|endoftext|> end one wherever the tokenizer has them."""
+    vocabulary, configured = tokenizer.get_vocab(), model.generation_config.eos_token_id
+    ends = {vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>")}
+    ends |= set(configured) if isinstance(configured, list) else {configured}
+    return sorted(ends - {None})
 
 
 def bytes_of_tokens(tokenizer: Any, ends: list[int], size: int) -> list[bytes | None]:
@@ -921,82 +559,396 @@ def bytes_of_tokens(tokenizer: Any, ends: list[int], size: int) -> list[bytes | 
     return table
 
 
+# A conversation of up to so many characters is tokenised on the event loop: it takes a
+# millisecond or two, as long as handing it to a thread takes when many arrive at once.
+# A turn costs as much as so many more characters.
+INLINE_CHARS, TURN_CHARS = 2048, 50
+ENGINE_FAILED = "the engine failed and is restarting"
+
+
+class Engine:
+    """The requests in hand, on the event loop. `manager` is the library's, with the
+    generation thread that owns the model."""
+
+    manager: Any = None  # while loading
+    device: torch.device | None = None
+    # A generation thread that hangs would block an ordinary exit. Tests replace this.
+    exit = staticmethod(os._exit)
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.created = settings, int(time.time())
+        folder = model_download.DEMO_NAME if settings.demo else settings.model.resolve()
+        self.name = settings.served_model_name or Path(folder).name
+        self.phase: Literal["loading", "serving", "draining"] = "loading"
+        self.admitted: dict[str, Generation] = {}  # running or waiting, by id
+        self.tokenizer_pool = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
+
+    @property
+    def status(self) -> Literal["loading", "ok", "down", "draining"]:
+        if self.phase != "serving":
+            return self.phase
+        return "ok" if is_alive(self.manager) else "down"
+
+    @property
+    def num_running(self) -> int:
+        return min(len(self.admitted), self.limits.max_running)
+
+    def load(self) -> None:
+        """Load the model and warm it up; takes seconds to minutes. To be called in a
+        thread that ends then and takes its OpenMP threads along: as long as they exist,
+        those of the generation thread sleep at every barrier."""
+        settings = self.settings
+        self.device = device = preflight(settings)
+        gpu = device.type == "cuda"
+        self.limits = settings.limits(gpu)
+        dtype = settings.dtype
+        if dtype == "auto":
+            # CPUs that multiply bfloat16 are faster with it, others far slower.
+            fast = gpu or torch.cpu._is_avx512_bf16_supported()
+            dtype = "bfloat16" if fast else "float32"
+        folder = model_download.demo_model() if settings.demo else settings.model
+        logger.info("loading %s on %s as %s", folder, device, dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.loop_tokenizer, self.pool_tokenizer = tokenizer, copy.deepcopy(tokenizer)
+        logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
+        attention = install_patches(device, dtype, settings.compile)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device if WORLD_SIZE == 1 else None,
+            distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
+            quantization_config=QUANTIZATION.get(settings.quantize),
+        )
+        # A model can say more tokens than its tokenizer knows, not the other way round.
+        vocabulary_size = model.config.vocab_size
+        if len(tokenizer) > vocabulary_size:
+            raise ValueError("the tokenizer has more tokens than the model")
+        ends = end_token_ids(model, tokenizer)
+        self.token_bytes = bytes_of_tokens(tokenizer, ends, vocabulary_size)
+        manager = create_manager(model, ends, settings)
+        gc.disable()  # nothing else may touch the GPU while a graph is captured
+        manager.warmup()
+        gc.enable()
+        gc.freeze()  # or each full collection stops everyone for half a second
+        # Tokens of a prompt and its answer together.
+        context = model.config.max_position_embeddings
+        self.capacity = min(context, cache_capacity(manager))
+        self.manager = manager
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Runs as long as the app is served, and loads the model at its start."""
+        supervision = asyncio.create_task(self.supervise())
+        yield
+        supervision.cancel()
+        self.phase = "draining"
+        self.release_all(unavailable("the server is leaving"))
+        if self.manager is not None:
+            await asyncio.to_thread(self.manager.stop, timeout=15, hard_stop=True)
+
+    async def supervise(self) -> None:
+        """Load the model if nobody has, start the generation thread and watch it. What
+        cannot be mended here ends the process, which its supervisor starts again."""
+        loop = asyncio.get_running_loop()
+        try:
+            if self.manager is None:
+                await loop.run_in_executor(ThreadPoolExecutor(1), self.load)
+            self.deliver = partial(loop.call_soon_threadsafe, self.process_outputs)
+            start_thread(self.manager, self.deliver)
+            self.phase = "serving"
+            logger.info("ready: %s on %s", self.name, self.device)
+            await self.watch()
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+            logger.critical("%s cannot be served: %s", self.name, why)
+            logger.debug("details", exc_info=True)
+            self.release_all(unavailable("the engine failed for good"))
+            await asyncio.sleep(0.5)  # for the 503s to get out
+            self.exit(EXIT_LOAD if self.phase == "loading" else EXIT_ENGINE)
+
+    async def watch(self) -> None:
+        """Give up requests that take too long, and restart a generation thread that
+        died. Raises TimeoutError for one that hangs: a thread cannot be ended."""
+        settings, steps, moved = self.settings, -1, time.monotonic()
+        late = f"not finished after {settings.request_timeout:g} seconds"
+        while True:
+            await asyncio.sleep(0.1)
+            self.release_all(HTTPException(504, late), settings.request_timeout)
+            if self.status == "down":
+                await self.restart()
+            elif steps != steps_done(self.manager) or not has_work(self.manager):
+                steps, moved = steps_done(self.manager), time.monotonic()
+            elif time.monotonic() - moved > settings.stall_timeout:
+                raise TimeoutError("no forward pass in --stall-timeout seconds")
+
+    async def restart(self) -> None:
+        """Start a dead generation thread again. Raises if the GPU does not work."""
+        reason = fatal_error(self.manager)
+        if WORLD_SIZE > 1:  # all processes have to start again
+            raise RuntimeError(reason or "the process of another GPU has failed")
+        logger.error("generation died and is started again: %s", reason)
+        self.release_all(unavailable(ENGINE_FAILED))
+        await asyncio.to_thread(self.manager.join, time.perf_counter())
+        torch.get_device_module(self.device).synchronize(self.device)
+        start_thread(self.manager, self.deliver)
+
+    async def submit(self, body: AnyChatRequest, generation: Generation) -> None:
+        """Admit a request, tokenise it and hand it to the generation thread: from then
+        on the generation grows. Raises HTTPException: 400, 499, 503 or 504."""
+        self.admit(generation)
+        tokens = await self.tokenize(body.turns(), generation)
+        if generation.error:  # it was released meanwhile
+            raise generation.error
+        generation.prompt_tokens = len(tokens)
+        limit = self.new_token_limit(len(tokens), body.max_new_tokens)
+        options: dict[str, Any] = {"max_new_tokens": limit, "streaming": True}
+        if params := body.sampling_params():
+            options["sampling"] = params
+        if not self.manager.add_request(tokens, generation.id, **options):
+            raise unavailable("the engine is restarting")
+
+    def admit(self, generation: Generation) -> None:
+        """Give a request a place, which `release` frees. Raises a 503 if it is full."""
+        if self.status != "ok":
+            raise unavailable(f"the server is {self.status}")
+        if len(self.admitted) >= self.limits.max_admitted:
+            raise unavailable(f"{len(self.admitted)} requests are in flight or waiting")
+        self.admitted[generation.id] = generation
+
+    async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
+        """Token ids of a conversation. Raises ValueError if the model cannot embed them
+        and the generation's error if it was released before its turn came."""
+
+        def in_thread() -> list[int]:
+            if generation.error:
+                raise generation.error
+            return self.apply_template(self.pool_tokenizer, turns)
+
+        if sum(TURN_CHARS + len(turn.content) for turn in turns) <= INLINE_CHARS:
+            tokens = self.apply_template(self.loop_tokenizer, turns)
+        else:
+            loop = asyncio.get_running_loop()
+            tokens = await loop.run_in_executor(self.tokenizer_pool, in_thread)
+        if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
+            raise ValueError("token ids outside the vocabulary, or none")
+        return tokens
+
+    def apply_template(self, tokenizer: Any, turns: list[Turn]) -> list[int]:
+        """Control tokens inside a message stay text."""
+        messages = [turn.model_dump() for turn in turns]
+        options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
+        return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
+    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        """How many tokens the answer may have. Raises a 400 if they do not fit."""
+        room = self.capacity - prompt_tokens
+        limit = min(wanted or self.settings.max_new_tokens, room)
+        if limit < (wanted or 1):
+            need = f"{prompt_tokens} prompt tokens and {wanted or 'any'} new ones"
+            raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
+        return limit
+
+    def process_outputs(self, outputs: list[Any]) -> None:
+        """Feed the generation thread's newest tokens to their generations."""
+        for output in outputs:
+            generation = self.admitted.get(output.request_id)
+            if generation is None:  # a cancel that overtakes its own request is lost
+                self.manager.cancel_request(output.request_id)
+                continue
+            if output.error:
+                self.release(generation, unavailable(ENGINE_FAILED))
+                continue
+            generation.last_token = time.monotonic()
+            generation.first_token = generation.first_token or generation.last_token
+            for token in output.generated_tokens[generation.completion_tokens :]:
+                if generation.finish_reason is None:
+                    generation.feed(self.token_bytes[token])
+            if output.is_finished():
+                generation.finish("length")
+            if generation.finish_reason:
+                self.release(generation)
+
+    def release(self, generation: Generation, error: Exception | None = None) -> None:
+        """Free the place of a request that has ended, or that nobody waits for. Does
+        nothing if it is free already."""
+        if self.admitted.pop(generation.id, None):
+            self.manager.cancel_request(generation.id)
+            generation.error = error
+            generation.changed.set()
+
+    def release_all(self, error: HTTPException, age: float = 0) -> None:
+        """Release the requests that arrived at least `age` seconds ago."""
+        for generation in list(self.admitted.values()):
+            if time.monotonic() - generation.arrived >= age:
+                self.release(generation, error)
+
+
 # ------------------------------------------------------------------------------
 # Routes
 # ------------------------------------------------------------------------------
 
-PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
-
-async def reply(request: Request, body: Asked) -> Response:
-    """JSON, or a stream once its first text is there; errors before that are plain."""
-    engine: Engine = request.app.state.engine
-    answer = request.state.answer = Answer(engine.name, body.stop)
-    logger.debug("%s is asked %r", answer.id, body)
-    # After the body only the client's end can come.
-    left = HTTPException(499, "the client has left")
-    watch = request.state.watch = asyncio.create_task(request.receive())
-    watch.add_done_callback(lambda _: engine.release(answer, left))
-    await engine.submit(body, answer)
-    await answer.more()
-    if body.stream:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return EventSourceResponse(events(request, body, answer), headers=headers)
-    while not answer.finish_reason:
-        await answer.more()
-    headers = {"X-Finish-Reason": answer.finish_reason}
-    headers["X-Prompt-Tokens"] = str(answer.prompt_tokens)
-    headers["X-Completion-Tokens"] = str(answer.completion_tokens)
-    return Response(to_json(body.answer(answer)), 200, headers, "application/json")
-
-
-def ping(answer: Answer) -> None:
-    """Wake a stream every PING_SECONDS; with nothing new to send it sends a comment."""
-    answer.grown.set()
-    if not (answer.finish_reason or answer.error):
-        asyncio.get_running_loop().call_later(PING_SECONDS, ping, answer)
-
-
-async def events(request: Request, body: Asked, answer: Answer) -> AsyncIterator[bytes]:
-    """Server-sent events of an answer whose first text is there."""
-    sent, last = 0, None
-    ping(answer)  # a time limit for each wait would cost a tenth of the time
-    try:
-        while not last:
-            await answer.more()
-            new = [b"data: %b\n\n" % line for line in body.lines(answer, sent)]
-            sent, last = len(answer.text), answer.finish_reason
-            yield b"".join(new) or b": ping\n\n"
-    except HTTPException as error:
-        yield b"event: error\ndata: %b\n\n" % (await problem(request, error)).body
-
-
-async def problem(request: Request, error: Any) -> Response:
+async def error_response(request: Request, error: Any) -> Response:
     """An error as FastAPI's JSON, or as OpenAI's on its routes."""
     openai, param = request.url.path.startswith("/v1/"), None
     status = getattr(error, "status_code", 500)
     detail = message = getattr(error, "detail", "internal error: see the server's log")
     if isinstance(error, RequestValidationError):
-        keys = "type", "loc", "msg", "ctx"  # not the input: JSON may not spell it
-        detail = [{k: e[k] for k in keys if k in e} for e in error.errors()[:16]]
-        for each in detail:  # without pydantic's names for one of several types
-            each["loc"] = [part for part in each["loc"] if "[" not in str(part)]
+        status = 400 if openai else 422
+        detail = validation_details(error)
         deepest = max(detail, key=lambda each: len(each["loc"]))
-        status, param = 400 if openai else 422, ".".join(map(str, deepest["loc"][1:]))
+        param = ".".join(map(str, deepest["loc"][1:])) or None
         message = f"{param or 'body'}: {deepest['msg']}"
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    parts = {"message": message, "type": kind, "param": param or None, "code": None}
-    content = {"error": parts} if openai else {"detail": detail}
+    content: dict[str, Any] = {"detail": detail}
+    if openai:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        parts = {"message": message, "type": kind, "param": param, "code": None}
+        content = {"error": parts}
     headers = getattr(error, "headers", None)
     text = json.dumps(content, default=str)
     return Response(text, status, headers, "application/json")
 
 
-class Problem(BaseModel):
+def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
+    """Pydantic's errors, without the input, which JSON may not be able to spell, and
+    without pydantic's own names for one of several types."""
+    details = []
+    for each in error.errors()[:16]:
+        kept = {key: each[key] for key in ("type", "loc", "msg", "ctx") if key in each}
+        kept["loc"] = [part for part in each["loc"] if "[" not in str(part)]
+        details.append(kept)
+    return details
+
+
+CONNECTION_CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
+
+
+class BoundedRequest(Request):
+    """A request whose body is read within the limits of size and time."""
+
+    whole_body: bytes | None = None
+
+    async def body(self) -> bytes:
+        """Raises HTTPException: 408 or 413."""
+        if self.whole_body is not None:
+            return self.whole_body
+        body, size, limit = bytearray(), 0, self.app.state.settings.max_body_bytes
+        try:
+            async with asyncio.timeout(self.app.state.settings.body_timeout):
+                async for piece in self.stream():
+                    size += len(piece)
+                    if size <= limit:
+                        body += piece
+                    elif size > 16 * limit:  # at once, a reset would overtake the 413
+                        break
+        except (TimeoutError, ClientDisconnect) as error:
+            why = "the body came too slowly"
+            raise HTTPException(408, why, CONNECTION_CLOSE) from error
+        if size > limit:  # uvicorn reads the rest, if there is any, and drops it
+            raise HTTPException(413, f"the body has over {limit} bytes")
+        self.whole_body = bytes(body)
+        return self.whole_body
+
+
+class SecuredRoute(APIRoute):
+    """A route that needs the key, where one is set, and a loaded model. Both are looked
+    at before the body is read."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def handle_if_allowed(request: Request) -> Response:
+            if request.app.state.engine.phase == "loading":
+                raise unavailable("the server is loading")
+            check_key(request)
+            return await handle(BoundedRequest(request.scope, request.receive))
+
+        return handle_if_allowed
+
+
+def check_key(request: Request) -> None:
+    """Raises a 401 without a valid key, where keys are set."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    keys = request.app.state.settings.keys()
+    matches = [secrets.compare_digest(given, key) for key in keys]  # constant time
+    if keys and not any(matches):
+        why = "send a valid API key: Authorization: Bearer KEY"
+        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+
+
+# Who may reach a route follows from the router it is declared on, method by method.
+# HTTPBearer only puts the key into the schema.
+secured = APIRouter(
+    route_class=SecuredRoute, dependencies=[Depends(HTTPBearer(auto_error=False))]
+)
+public = APIRouter()
+
+PING_SECONDS = 15.0  # between the comments that keep an idle stream open
+
+
+async def reply(request: Request, body: AnyChatRequest) -> Response:
+    """JSON, or a stream once its first text is there; errors before that are plain."""
+    engine: Engine = request.app.state.engine
+    generation = Generation(engine.name, body.stop)
+    logger.debug("%s is asked %r", generation.id, body)
+    # RequestMiddleware ends both, however this request ends.
+    request.state.generation = generation
+    leaving = release_when_client_leaves(request, engine, generation)
+    request.state.client_watch = asyncio.create_task(leaving)
+    await engine.submit(body, generation)
+    await generation.wait()
+    if body.stream:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        events = stream_events(request, body, generation)
+        return EventSourceResponse(events, headers=headers)
+    while not generation.finish_reason:
+        await generation.wait()
+    headers = {"X-Finish-Reason": generation.finish_reason}
+    headers["X-Prompt-Tokens"] = str(generation.prompt_tokens)
+    headers["X-Completion-Tokens"] = str(generation.completion_tokens)
+    content = to_json(body.to_response(generation))
+    return Response(content, 200, headers, "application/json")
+
+
+async def release_when_client_leaves(
+    request: Request, engine: Engine, generation: Generation
+) -> None:
+    await request.receive()  # the body is there, so only a disconnect can come
+    engine.release(generation, HTTPException(499, "the client has left"))
+
+
+async def stream_events(
+    request: Request, body: AnyChatRequest, generation: Generation
+) -> AsyncIterator[bytes]:
+    """Server-sent events of a generation whose first text is there."""
+    sent, finished = 0, None
+    wake_for_ping(generation)  # a time limit for each wait would cost a tenth
+    try:
+        while not finished:
+            await generation.wait()
+            events = [b"data: %b\n\n" % e for e in body.to_events(generation, sent)]
+            sent, finished = len(generation.text), generation.finish_reason
+            yield b"".join(events) or b": ping\n\n"
+    except HTTPException as error:
+        response = await error_response(request, error)
+        yield b"event: error\ndata: %b\n\n" % response.body
+
+
+def wake_for_ping(generation: Generation) -> None:
+    """Wake a stream every PING_SECONDS; with nothing new to send it sends a comment."""
+    generation.changed.set()
+    if not (generation.finish_reason or generation.error):
+        loop = asyncio.get_running_loop()
+        loop.call_later(PING_SECONDS, wake_for_ping, generation)
+
+
+class ErrorBody(BaseModel):
     detail: str
 
 
-class OpenAIProblem(BaseModel):
+class OpenAIErrorBody(BaseModel):
     error: dict[str, str | None]
 
 
@@ -1006,34 +958,35 @@ class Health(BaseModel):
     device: str
 
 
-def answers(kind: type[BaseModel]) -> dict[int | str, Any]:
-    """The other answers of a chat route, for the documentation."""
+def documented_responses(error: type[BaseModel]) -> dict[int | str, Any]:
+    """The other responses of a chat route, for the schema."""
     codes = 400, 401, 408, 413, 500, 503, 504
     stream = {200: {"content": {"text/event-stream": {}}}}
-    return stream | {code: {"model": kind} for code in codes}
+    return stream | {code: {"model": error} for code in codes}
 
 
-secured, public = APIRouter(), APIRouter()  # with a key, where one is set, or without
+CHAT_RESPONSES = documented_responses(ErrorBody)
+# "default" keeps FastAPI from adding its own 422: these routes answer 400.
+OPENAI_RESPONSES = documented_responses(OpenAIErrorBody)
+OPENAI_RESPONSES["default"] = {"model": OpenAIErrorBody}
 
 
-@secured.post("/", response_model=ChatAnswer, responses=answers(Problem))
+@secured.post("/", response_model=ChatResponse, responses=CHAT_RESPONSES)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
     `{"delta": "..."}` for each piece of text, then the whole answer."""
     return await reply(request, body)
 
 
-# "default" keeps FastAPI from adding its own 422: this route answers 400.
-OTHER = answers(OpenAIProblem) | {"default": {"model": OpenAIProblem}}
-
-
-@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OTHER)
+@secured.post(
+    "/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI_RESPONSES
+)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
 
 
-@secured.get("/v1/models", responses={401: {"model": OpenAIProblem}})
+@secured.get("/v1/models", responses={401: {"model": OpenAIErrorBody}})
 async def models(request: Request) -> ModelList:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
@@ -1047,7 +1000,9 @@ async def health(request: Request, response: Response) -> Health:
     """200 when requests are answered; 503 while loading, down or leaving."""
     engine: Engine = request.app.state.engine
     response.status_code = 200 if engine.status == "ok" else 503
-    name = engine.name + " (demo model, not phi-4)" * engine.settings.demo
+    name = engine.name
+    if engine.settings.demo:
+        name += " (demo model, not phi-4)"
     device = str(engine.device or engine.settings.device)
     return Health(status=engine.status, model=name, device=device)
 
@@ -1065,71 +1020,58 @@ async def docs(request: Request) -> Response:
     )
 
 
-REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
-PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
-NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
-FIRST = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
-EACH = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
-IN_FLIGHT = Gauge("phi4_requests_in_flight", "Requests being generated")
-WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
-CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
-FIGURES = {200: {"content": {"text/plain": {}}}, 401: {"model": Problem}}
+class Metrics:
+    """The figures of one app, in a registry of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        prometheus.PlatformCollector(registry=registry)
+        prometheus.GCCollector(registry=registry)
+        counter = partial(prometheus.Counter, registry=registry)
+        histogram = partial(prometheus.Histogram, registry=registry)
+        gauge = partial(prometheus.Gauge, registry=registry)
+
+        labels = ["route", "status"]
+        self.requests = counter("phi4_requests", "Requests answered", labels)
+        self.prompt_tokens = counter("phi4_prompt_tokens", "Tokens of prompts")
+        self.new_tokens = counter("phi4_completion_tokens", "Tokens generated")
+        name = "phi4_time_to_first_token_seconds"
+        self.ttft = histogram(name, "Arrival to first token")
+        name = "phi4_time_per_output_token_seconds"
+        self.tpot = histogram(name, "Mean time of a later token")
+        running = gauge("phi4_requests_in_flight", "Requests being generated")
+        running.set_function(lambda: engine.num_running)
+        waiting = gauge("phi4_requests_waiting", "Admitted requests without a place")
+        waiting.set_function(lambda: len(engine.admitted) - engine.num_running)
+        cache = gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
+        cache.set_function(lambda: cache_usage(engine.manager))
+
+    def record(self, generation: Generation) -> None:
+        """Count a generation that has ended."""
+        new = generation.completion_tokens
+        self.prompt_tokens.inc(generation.prompt_tokens)
+        self.new_tokens.inc(new)
+        if new:
+            self.ttft.observe(generation.ttft)
+        if new > 1:
+            seconds = generation.last_token - generation.first_token
+            self.tpot.observe(seconds / (new - 1))
 
 
-@secured.get("/metrics", response_class=Response, responses=FIGURES)
+METRICS_RESPONSES = {200: {"content": {"text/plain": {}}}, 401: {"model": ErrorBody}}
+
+
+@secured.get("/metrics", response_class=Response, responses=METRICS_RESPONSES)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
-    engine: Engine = request.app.state.engine
-    IN_FLIGHT.set(min(len(engine.pending), engine.rows))
-    WAITING.set(max(len(engine.pending) - engine.rows, 0))
-    cache, owners = engine.cache, engine.cache.cache_allocators.values()
-    # Blocks that are only kept for sharing are given up at need.
-    kept = sum(len(one.ledger.cached_blocks) * one.bytes_per_block for one in owners)
-    free = cache.compute_free_capacity(relative=False) + kept
-    CACHE.set(1 - free / (cache.num_sectors * cache.bytes_per_sector))
-    kind = exposition.CONTENT_TYPE_LATEST
-    return Response(exposition.generate_latest(), media_type=kind)
+    text = prometheus.generate_latest(request.app.state.metrics.registry)
+    return Response(text, media_type=prometheus.exposition.CONTENT_TYPE_LATEST)
 
 
-OPEN = "/health", "/docs", "/openapi.json"  # need no key
-CLOSING = {"Connection": "close"}  # for when the rest of a body is not wanted
-
-
-async def admit(request: Request) -> Message:
-    """The body of a request, whole, if it may reach its route. Raises HTTPException:
-    401, 503, and 400, 408 or 413 for the way its body comes."""
-    settings, path = request.app.state.settings, request.scope["path"]
-    if request.app.state.engine.state == "loading" and path != "/health":
-        raise Unavailable("the server is loading")
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-    keys = [] if path in OPEN else settings.keys()
-    matches = [secrets.compare_digest(given, key) for key in keys]  # constant time
-    if keys and not any(matches):
-        why = "send a valid API key: Authorization: Bearer KEY"
-        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
-    if {"content-length", "transfer-encoding"} <= {*request.headers}:
-        why = "Content-Length beside Transfer-Encoding"  # a proxy may differ
-        raise HTTPException(400, why, CLOSING)
-    body, size, most = bytearray(), 0, settings.max_body_bytes
-    try:
-        async with asyncio.timeout(settings.body_timeout):
-            async for piece in request.stream():
-                size += len(piece)
-                if size <= most:
-                    body += piece
-                elif size > 16 * most:  # not at once: a reset would overtake the answer
-                    break
-    except (TimeoutError, ClientDisconnect) as error:
-        raise HTTPException(408, "the body came too slowly", CLOSING) from error
-    if size > most:  # uvicorn reads the rest, if there is any, and drops it
-        raise HTTPException(413, f"the body has over {most} bytes")
-    return {"type": "http.request", "body": bytes(body)}
-
-
-class Observe:
-    """Middleware around a request: an id, its admission, and an end that frees its
-    place, counts and logs it."""
+class RequestMiddleware:
+    """Around every request: an id, a response to whatever is raised, and an end that
+    frees its place, counts it and logs it."""
 
     def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
         self.app, self.sends_id = app, sends_id
@@ -1138,45 +1080,60 @@ class Observe:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request, started, status = Request(scope, receive), time.monotonic(), 0
-        given = request.headers.get("x-request-id", "")
-        valid = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
-        request_id, bodies = given if valid else secrets.token_hex(8), []
-
-        async def receive_again() -> Message:
-            return bodies.pop() if bodies else await receive()
+        request_id = request.headers.get("x-request-id", "")
+        if not re.fullmatch(r"[\w.:-]{1,128}", request_id, re.ASCII):
+            request_id = secrets.token_hex(8)
 
         async def labelled_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(b"x-request-id", request_id.encode())]
-                message["headers"] += own if self.sends_id else []
+                if self.sends_id:
+                    message["headers"].append((b"x-request-id", request_id.encode()))
             await send(message)
 
         try:
             with suppress(asyncio.CancelledError):  # the server has to leave
                 try:
-                    bodies.append(await admit(request))
-                    await self.app(scope, receive_again, labelled_send)
+                    check_framing(request)
+                    await self.app(scope, receive, labelled_send)
                 except Exception as error:
                     if not isinstance(error, HTTPException):
                         logger.exception("%s failed", request_id)
-                    if not status:  # or it is too late for another answer
-                        response = await problem(request, error)
-                        await response(scope, receive_again, labelled_send)
+                    if not status:  # otherwise it is too late for another response
+                        response = await error_response(request, error)
+                        await response(scope, receive, labelled_send)
         finally:
-            route, status = getattr(scope.get("route"), "path", "other"), status or 500
-            REQUESTS.labels(route, status).inc()
-            path = scope["raw_path"].decode("latin-1")  # cannot hold a line break
-            line = f"{request_id} {request.method} {path} {status}"
-            if answer := getattr(request.state, "answer", None):
-                request.state.watch.cancel()  # which frees its place
-                line += f" {answer.account()}"
-                logger.debug("%s answers %r", answer.id, answer.text)
-            level = logging.DEBUG if path == "/health" else logging.INFO
-            logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
+            end_request(request, request_id, status or 500, started)
 
 
+def check_framing(request: Request) -> None:
+    """Raises a 400 if a proxy could see another end of the body than this server."""
+    if {"content-length", "transfer-encoding"} <= {*request.headers}:
+        why = "Content-Length beside Transfer-Encoding"
+        raise HTTPException(400, why, CONNECTION_CLOSE)
+
+
+def end_request(request: Request, request_id: str, status: int, started: float) -> None:
+    """Free the place of a request that has ended in whatever way, count and log it."""
+    app = request.app
+    route = getattr(request.scope.get("route"), "path", "other")
+    app.state.metrics.requests.labels(route, status).inc()
+    path = request.scope["raw_path"].decode("latin-1")  # cannot hold a line break
+    line = f"{request_id} {request.method} {path} {status}"
+    generation: Generation | None = getattr(request.state, "generation", None)
+    if generation:
+        request.state.client_watch.cancel()
+        app.state.engine.release(generation)
+        app.state.metrics.record(generation)
+        line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
+        line += f" first={generation.ttft:.3f}s"
+        logger.debug("%s answers %r", generation.id, generation.text)
+    level = logging.DEBUG if path == "/health" else logging.INFO
+    logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
+
+
+ERRORS = StarletteHTTPException, RequestValidationError
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
@@ -1191,53 +1148,510 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
         lifespan=engine.lifespan,
         docs_url=None,
         redoc_url=None,
-        exception_handlers={HTTPException: problem, RequestValidationError: problem},
+        exception_handlers=dict.fromkeys(ERRORS, error_response),
     )
     app.state.settings, app.state.engine = settings, engine
-    # `admit` checks the key, before the body is read; this documents it.
-    app.include_router(secured, dependencies=[Depends(HTTPBearer(auto_error=False))])
+    app.state.metrics = Metrics(engine)
+    app.include_router(secured)
     app.include_router(public)
-    app.add_middleware(Observe, sends_id=sends_id)
+    app.add_middleware(RequestMiddleware, sends_id=sends_id)
     if origins := settings.cors_origins.replace(",", " ").split():
-        app.add_middleware(CORSMiddleware, origins, ["*"], ["*"])  # methods, headers
+        allowed = {"allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
     return app
+
+
+# ------------------------------------------------------------------------------
+# Insides of transformers and torch: skip this on a first reading
+#
+# Pinned to transformers 5.24.0 and torch 2.13.0. All that this server uses of them
+# beyond their documentation stands here, and tests/engine/test_library_seams.py checks
+# it, so a new version has this section to read. In this order: the manager of the
+# thread that runs the model; Scheduler and Runner, which cancel and sample on any
+# device; and from PAGE_SIZE on the attention and the CUDA graphs of a GPU.
+# ------------------------------------------------------------------------------
+
+
+def create_manager(model: Any, ends: list[int], settings: Settings) -> Any:
+    """The library's manager of a generation thread, which runs a forward pass for all
+    requests at once, over and over. `warmup` allocates its cache and, on a GPU, compiles
+    the layers and captures the CUDA graphs."""
+    limits = settings.limits(model.device.type == "cuda")
+    on_flash = model.config._attn_implementation == FLASH
+    page_size = PAGE_SIZE if on_flash else 16
+    config = transformers.ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=math.ceil(limits.cache_tokens / page_size) or None,
+        max_batch_tokens=limits.batch_tokens,
+        max_requests_per_batch=limits.max_running,
+        max_blocks_per_request=0,
+        allow_block_sharing=settings.prefix_sharing,
+        scheduler_type="phi4",
+        auto_switch_to_flash=False,
+    )
+    if on_flash:  # what FlashRunner is built on
+        context = model.config.max_position_embeddings
+        config.max_blocks_per_request = math.ceil(context / page_size)
+        config.q_padding_interval_size = GRAPH_STEP
+        config.use_cuda_graph = config.use_async_batching = True
+    greedy = transformers.GenerationConfig(eos_token_id=ends)
+    manager = model.init_continuous_batching(greedy, config)
+    # Requests may bring SamplingParams along, for Runner.
+    manager.logit_processor.supported_keys["sampling"] = SamplingParams
+    return manager
+
+
+def start_thread(manager: Any, deliver: Callable[[list[Any]], Any]) -> None:
+    """Start the generation thread; it calls `deliver` with the outputs of each step.
+    The library's own handlers, one for each request, would leak where one is cancelled:
+    it has no last output."""
+    manager.output_router.deliver_batch = deliver
+    manager.output_router.deliver = lambda output: deliver([output])
+    # The thread inherits the mode. In this one tensors need not be watched, which a CPU
+    # notices: 3% of a step.
+    with torch.inference_mode(manager.model.device.type == "cpu"):
+        manager.start()
+
+
+def is_alive(manager: Any) -> bool:
+    """Whether the thread takes requests; it can run on for a while after that."""
+    return not manager.background_thread_status.can_accept_new_requests()
+
+
+def fatal_error(manager: Any) -> Exception | None:
+    return manager.background_thread_status.fatal_error
+
+
+def steps_done(manager: Any) -> int:
+    """Forward passes since the thread's start, which has yet to set the number."""
+    return getattr(manager, "current_batch", 0)
+
+
+def has_work(manager: Any) -> bool:
+    """Whether requests run or wait, those of clients who have given up included."""
+    running = manager.batch_processor.has_pending_requests()
+    return running or not manager.input_queue.empty()
+
+
+def cache_capacity(manager: Any) -> int:
+    """Tokens that the KV cache holds."""
+    page_size = manager.continuous_batching_config.page_size
+    return manager.batch_processor.cache.num_blocks * page_size
+
+
+def cache_usage(manager: Any) -> float:
+    """Used part of the KV cache, 0 to 1. Blocks that are only kept because another
+    request may begin like theirs are given up at need, and count as free."""
+    cache = manager.batch_processor.cache
+    owners = cache.cache_allocators.values()
+    kept = sum(len(one.ledger.cached_blocks) * one.bytes_per_block for one in owners)
+    free = cache.compute_free_capacity(relative=False) + kept
+    return 1 - free / (cache.num_sectors * cache.bytes_per_sector)
+
+
+def follow_driver(manager: Any) -> None:
+    """Run the steps that process 0 of torchrun decides on, until it stops."""
+    manager._wake_up_loop.wait = lambda timeout: None  # process 0 sets the pace
+    start_thread(manager, lambda outputs: None)
+    manager.join(time.perf_counter())
+
+
+class Scheduler(batching.FIFOScheduler):
+    """Ends a cancelled request as a finished one. The library drops it but leaves its
+    status as it was, so that a step in flight may still hand it a token when its pages
+    are gone (KeyError), and leaves `block_new_requests`, which a preemption sets."""
+
+    def clear_cancelled_requests(self) -> list[batching.RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        for state in cancelled:
+            state.status = batching.RequestStatus.FINISHED
+            self.block_new_requests = False
+        return cancelled
+
+
+batching.scheduler.SCHEDULER_MAPPING["phi4"] = Scheduler
+
+
+class Runner(batching.model_runner.ModelRunner):
+    """Samples where SamplingParams ask for it. The library takes the likeliest token of
+    every row; rows that want another choose again afterwards, outside of the CUDA
+    graph, so that the others do not pay for it. (`per_request_processors` of the
+    library know neither seeds nor greedy beside sampled requests.)"""
+
+    logits: Tensor | None = None  # (max_running, vocabulary), of the step's rows
+
+    @property
+    def host_ios(self) -> batching.input_outputs.ContinuousBatchingIOs:
+        """Host side of the step that is launched. On a GPU the library prepares the
+        next step meanwhile, in the other of two pairs."""
+        ios = self.inputs_and_outputs
+        pairs = getattr(ios, "io_pairs", None)
+        return pairs[ios.current_pair].host_io if pairs else ios
+
+    def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        if self.logits is None:
+            max_rows = self.cb_config.max_requests_per_batch
+            self.logits = scores.new_empty(max_rows, scores.shape[-1])
+        self.logits[: scores.shape[1]] = scores[0]
+        super()._sample(scores, output_ids)
+
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        super().compute_batch(model, batch_data)
+        requests = self.host_ios.requests_in_batch
+        states = [each.state for each in requests if each.has_new_token]
+        sampled = {i: s for i, s in enumerate(states) if s.logit_processor_kwargs}
+        if sampled:
+            ios = self.inputs_and_outputs
+            with batching.utils.stream_context(ios.compute_stream):
+                rows, tokens = self.choose(sampled)
+                ios.output_ids[0, rows] = tokens.int()
+
+    def choose(self, sampled: dict[int, Any]) -> tuple[Tensor, Tensor]:
+        """Rows and their tokens, both (len(sampled),)."""
+        device, table, seeds = self.logits.device, [], []
+        for row, state in sampled.items():
+            params: SamplingParams = state.logit_processor_kwargs["sampling"]
+            table.append((row, params.temperature, params.top_p, params.top_k))
+            seeds.append(noise_seed(params.seed, state.position_offset))
+        table = torch.tensor(table, dtype=torch.float64)
+        if device.type == "cuda":  # from other memory a copy waits for the GPU
+            table = table.pin_memory().to(device, non_blocking=True)
+        rows, temperature, top_p, top_k = table.unbind(1)
+        rows = rows.long()
+        logits = self.logits[rows]
+        noise = torch.empty_like(logits)
+        for line, seed in zip(noise, seeds, strict=True):
+            generator = torch.Generator(device).manual_seed(seed)
+            line.exponential_(generator=generator)
+        return rows, sample(logits, noise, temperature, top_p, top_k)
+
+
+def noise_seed(seed: int, position: int) -> int:
+    """The same request and position get the same noise whatever else is in the batch;
+    the position is right after a preemption, too. Hashed, because a CPU's generator
+    looks at 32 bits of its seed."""
+    pair = struct.pack("<qq", seed, position)
+    return int.from_bytes(hashlib.blake2b(pair, digest_size=7).digest())
+
+
+def sample(
+    logits: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor
+) -> Tensor:
+    """Draw a token for each row by the Gumbel-max trick: the largest of log-probability
+    minus log of exponential noise is a draw from the softmax.
+
+    Logits and noise are (rows, vocabulary), the others (rows,). Returns (rows,). top_p
+    looks at the 1,024 likeliest tokens.
+    """
+    temperature, top_p, top_k = temperature[:, None], top_p[:, None], top_k[:, None]
+    logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
+    top = logprobs.topk(min(1024, logits.shape[-1])).values  # no full sort
+    mass_before = top.exp().cumsum(-1) - top.exp()
+    rank = torch.arange(top.shape[-1], device=top.device)
+    top_k = top_k.masked_fill(top_k == 0, torch.inf)
+    kept = (mass_before < top_p.clamp(min=1e-6)) & (rank < top_k)
+    threshold = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    limited = (top_p < 1) | (top_k < torch.inf)
+    dropped = (logprobs < threshold) & limited
+    return (logprobs - noise.log()).masked_fill(dropped, -torch.inf).argmax(-1)
+
+
+# From here on: attention and CUDA graphs of a GPU.
+
+PAGE_SIZE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
+# Steps of up to MAX_GRAPH_TOKENS tokens are CUDA graphs, one for each multiple of
+# GRAPH_STEP; larger ones keep the GPU busy for longer than their launches take.
+MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 64
+# One prompt of more than CUDNN_MIN_TOKENS tokens is cuDNN's, which takes half the time
+# but plans each new length for 60 ms, so it gets multiples of CUDNN_MULTIPLE.
+CUDNN_MIN_TOKENS, CUDNN_MULTIPLE = 4096, 1024
+# Up to so many cached tokens one block of threads reads faster than several.
+SPLIT_KV_ABOVE = 768
+
+
+class StepShape(NamedTuple):
+    """What has to be equal for two steps to share a CUDA graph."""
+
+    num_tokens: int  # with padding
+    max_seqlen_q: int  # new tokens of the longest row; 1: all rows decode
+    max_seqlen_k: int  # an upper bound of the keys of a row
+    num_new_prompts: int  # rows, if no row has anything cached; otherwise 0
+
+
+@dataclass
+class ForwardContext:
+    """What attention has to know of the step. Passed through the model, it would have
+    the layers compiled again for each step."""
+
+    shape: StepShape
+    slot_mapping: Tensor  # (2 * tokens,) where keys, then values go in a layer's cache
+    kernel_options: dict[str, Any]  # of varlen_attn
+
+
+forward_context: ContextVar[ForwardContext] = ContextVar("forward_context")
+
+
+@torch.library.custom_op("phi4::attend", mutates_args=("cache",))
+def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
+    """Append keys and values to a layer's cache and attend to it.
+
+    q is (tokens, heads, dim), kv (2 * tokens, kv_heads, dim), cache (slots, kv_heads,
+    dim). Returns the shape of q.
+    """
+    context = forward_context.get()
+    cache.index_copy_(0, context.slot_mapping, kv)
+    k, v = kv.chunk(2)  # enough if nothing is cached, and faster than pages
+    if "block_table" in context.kernel_options:
+        # A page holds the keys of its tokens, and the next page their values.
+        pages = cache.unflatten(0, (-1, PAGE_SIZE))
+        k, v = pages[:-1], pages[1:]
+    elif context.shape.num_new_prompts == 1 and len(q) > CUDNN_MIN_TOKENS:
+        return attend_to_one_prompt(q, k, v, scale)
+    options = context.kernel_options
+    return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **options)
+
+
+def attend_to_one_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of a long prompt to itself, by cuDNN."""
+    padding = 0, 0, 0, 0, 0, -len(q) % CUDNN_MULTIPLE
+    q_, k_, v_ = (pad(x, padding).transpose(0, 1)[None] for x in (q, k, v))
+    out = sdpa(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)[: len(q)].contiguous()
+
+
+attend.register_fake(lambda q, kv, cache, scale: torch.empty_like(q))
+
+
+def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
+    """Attention for transformers: query, key and value are (1, heads, tokens, dim)."""
+    q, k, v = (x[0].transpose(0, 1) for x in qkv[:3])
+    kv, scale = torch.cat((k, v)), options["scaling"]
+    return attend(q.contiguous(), kv, module.kv_cache, scale)[None], None
+
+
+class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
+    """Buffers of a step."""
+
+    shape: StepShape  # set by FlashRunner before the step's graph is looked up
+
+    def prepare_batch_tensors(
+        self, requests: list[Any], processors: Any, use_block_table: bool, *sizes: int
+    ) -> None:
+        """With the block table, which the library leaves out where a row has several
+        new tokens."""
+        use_block_table = True
+        super().prepare_batch_tensors(requests, processors, use_block_table, *sizes)
+
+    def _get_graph_key(self) -> tuple[int, ...]:
+        return self.shape
+
+
+class FlashRunner(Runner):
+    """Runs steps in a few fixed shapes, all of them prepared by `warmup`."""
+
+    compile_layers: bool  # set by install_patches
+    min_kv_len = 0  # warm-up: pretend so many cached tokens
+    error: Exception | None = None  # of a step, for the warm-up
+
+    @property
+    def device_ios(self) -> FlashIOs:
+        ios = self.inputs_and_outputs
+        return ios.io_pairs[ios.current_pair].device_io
+
+    def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable, bool]:
+        """What runs the step, and whether that is a CUDA graph."""
+        shape = self.device_ios.shape = self.choose_shape()
+        small = shape.num_tokens <= MAX_GRAPH_TOKENS
+        return self._forward_process_and_sample, small and self.use_cuda_graph_varlen
+
+    def choose_shape(self) -> StepShape:
+        host = self.host_ios
+        num_tokens, max_seqlen_q = host.num_q_tokens, host.max_length_q
+        (max_seqlen_k,) = host.max_length_k.values()
+        if num_tokens > MAX_GRAPH_TOKENS:  # no graph: exactly this step's
+            (total_seqlen_k,) = host.total_seqlen_k.values()
+            nothing_cached = total_seqlen_k == host.total_seqlen_q
+            num_new_prompts = len(host.requests_in_batch) if nothing_cached else 0
+            return StepShape(num_tokens, max_seqlen_q, max_seqlen_k, num_new_prompts)
+        whole_table = host.block_table.shape[-1] * PAGE_SIZE
+        if max_seqlen_q > 1:
+            return StepShape(num_tokens, num_tokens, whole_table, 0)
+        near = max(max_seqlen_k, self.min_kv_len) <= SPLIT_KV_ABOVE
+        return StepShape(num_tokens, 1, SPLIT_KV_ABOVE if near else whole_table, 0)
+
+    def _forward_process_and_sample(
+        self, model: nn.Module, batch_data: dict[str, Any], *token_ids: Tensor
+    ) -> None:
+        shape = self.device_ios.shape
+        (block_table,) = batch_data["block_table"]
+        (positions,) = batch_data["position_ids"].long()
+        cu_seqlens_q = batch_data["cu_seq_lens_q"]
+        (cu_seqlens_k,) = batch_data["cu_seq_lens_k"].values()
+        # Padding belongs to a row after the last, whose block is -1. Clamped, that is
+        # a slot of no request.
+        index = torch.arange(len(positions), device=positions.device)
+        row = torch.bucketize(index.to(cu_seqlens_q), cu_seqlens_q[1:], right=True)
+        table = pad(block_table, (0, 0, 0, 1), value=-1)
+        block = table[row, positions // PAGE_SIZE]
+        slots = (block * PAGE_SIZE + positions % PAGE_SIZE).clamp(min=0)
+        options = {"cu_seq_q": cu_seqlens_q, "cu_seq_k": cu_seqlens_k}
+        options |= {"max_q": shape.max_seqlen_q, "max_k": shape.max_seqlen_k}
+        options |= {"window_size": (-1, 0), "num_splits": 1}  # causal
+        if shape.max_seqlen_q == 1:
+            # The kernel groups the heads of a single token, but not if it is causal.
+            options["window_size"] = (-1, -1)
+            if shape.max_seqlen_k > SPLIT_KV_ABOVE:
+                options["num_splits"] = None  # the kernel's own choice
+        if not shape.num_new_prompts:
+            options |= {"seqused_k": cu_seqlens_k.diff(), "block_table": block_table}
+        slot_mapping = torch.cat((slots, slots + PAGE_SIZE))
+        forward_context.set(ForwardContext(shape, slot_mapping, options))
+        # `attend` writes the cache: given to the layers, the library's own would write
+        # it again, and break the compiled layer in two.
+        batch_data = batch_data | {"cache": None}
+        super()._forward_process_and_sample(model, batch_data, *token_ids)
+
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        """Keep the cause of a failed step, which `run_one_warmup` only logs."""
+        try:
+            super().compute_batch(model, batch_data)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def warmup(self, model: nn.Module) -> None:
+        """Compile the layers and capture every graph, for both sets of buffers.
+        Raises RuntimeError if a step fails."""
+        (allocator,) = self.cache.cache_allocators.values()
+        views = [keys for keys, _ in allocator._kv_token_views.values()]
+        for layer, view in zip(model.model.layers, views, strict=True):
+            # Equal sizes and no graph break let all layers share one compiled layer.
+            layer.self_attn.kv_cache = view[: len(views[-1])]
+            layer.compile(fullgraph=True, disable=not self.compile_layers)
+        steps = self.steps_to_prepare()
+        for half in (1, 2):
+            logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
+            for num_tokens, past, min_kv_len in steps:
+                self.min_kv_len = min_kv_len
+                # The search makes a single row's matmuls 7% faster, in 14 seconds.
+                search = {"coordinate_descent_tuning": num_tokens == 1}
+                with torch._inductor.config.patch(search):
+                    done = self.run_one_warmup(model, num_tokens, past)
+                if not done:
+                    cause = self.error or "too few --cache-tokens"
+                    why = f"warm-up with {num_tokens} tokens failed: {cause!r}"
+                    raise RuntimeError(why) from self.error
+            self.inputs_and_outputs.swap_io_pairs()
+        self.min_kv_len = 0
+        self.cache.reset()
+
+    def steps_to_prepare(self) -> list[tuple[int, int | None, int]]:
+        """For `run_one_warmup`: tokens, cached tokens (None: that many rows decode) and
+        min_kv_len. The largest come first, since the compiled kernels are tuned for the
+        first shape that they see."""
+        cache, max_rows = self.cache, self.cb_config.max_requests_per_batch
+        room = min(cache.num_blocks - 1, cache.max_blocks_per_request) * PAGE_SIZE
+        largest = min(cache.max_batch_tokens, room)
+        prompts = [largest, *range(min(MAX_GRAPH_TOKENS, largest), 0, -GRAPH_STEP)]
+        powers = {2**exponent for exponent in range(max_rows.bit_length())}
+        decode = sorted({max_rows, *powers}, reverse=True)
+        far = [(rows, None, SPLIT_KV_ABOVE + 1) for rows in decode]
+        near = [(rows, None, 0) for rows in decode]
+        return [(tokens, 0, 0) for tokens in prompts] + far + near
+
+
+def can_compile() -> bool:
+    """Whether Triton, a C compiler and Python's headers are there; it needs all."""
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    header = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return compiler and header and importlib.util.find_spec("triton") is not None
+
+
+FLASH = "torch_flash_2"  # the library decodes from pages for names like ".*flash.*2"
+
+
+def install_patches(device: torch.device, dtype: str, compile_layers: bool) -> str:
+    """Put Runner or FlashRunner in the place of the library's, which cannot be told to
+    use another. To be called before the model is made. Returns the name of its
+    attention implementation: FLASH, or "sdpa" where that cannot run."""
+    # transformers sets this too late: it counts when NCCL starts.
+    os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
+    batching.continuous_api.ModelRunner = Runner
+    if device.type != "cuda":
+        # Copies no key for all heads that share it: a sixth of the time for 16 rows of
+        # 300 tokens. With a mask, a GPU has no fast kernel for that.
+        os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
+        return "sdpa"
+    paged = "block_table" in (getattr(varlen_attn, "__kwdefaults__", None) or {})
+    if dtype == "float32" or not paged:
+        logger.warning("no flash attention for float32 or this torch: 5 times slower")
+        return "sdpa"
+    FlashRunner.compile_layers = compile_layers and can_compile()
+    if compile_layers and not FlashRunner.compile_layers:
+        logger.warning("no gcc, Python headers or Triton: about a fifth slower")
+    # The library looks whether flash attention of this name is loaded, and whether it
+    # has a function that reads pages; it calls the one that is registered.
+    flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
+    transformers.AttentionInterface.register(FLASH, flash_attention)
+    batching.continuous_api.ModelRunner = FlashRunner
+    batching.input_outputs.ContinuousBatchingIOs = FlashIOs
+    return FLASH
+
+
+# How the layers are split over several GPUs: as the library does, attention is computed
+# on each in full, with the whole cache. Its own plan would also gather the widest
+# activations.
+TP_PLAN = {
+    "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
 
 
 # ------------------------------------------------------------------------------
 # Entry points
 # ------------------------------------------------------------------------------
 
-# For a supervisor; 0 is a clean end.
+# Exit codes for a supervisor; 0 is a clean end.
 EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, 2, 70
 
 
 class Server(uvicorn.Server):
-    """Leaves in order: 503 for new requests, time for admitted ones, exit code 0."""
+    """uvicorn's server, which finishes what it has admitted before it shuts down.
+
+    What happens on SIGTERM or Ctrl-C, in this order:
+    1. `handle_exit`: new requests get a 503, admitted ones go on. Still listening.
+    2. After --drain-timeout seconds the requests that are left get a 503, too.
+    3. `on_tick`, ten times a second, ends the main loop once none is left.
+    4. uvicorn's `shutdown`: the listener and, within 5 seconds, connections close.
+    5. `Engine.lifespan`: the generation thread stops.
+    6. `main` returns 0. uvicorn would raise the signal again if it stood in its
+       `_captured_signals`, so `handle_exit` does not put it there.
+    """
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         engine: Engine = self.config.app.state.engine
-        if engine.state != "ok":
-            os._exit(128 + sig if engine.state == "draining" else 0)
-        engine.state = "draining"
-        logger.info("leaving: %d requests to finish", len(engine.pending))
-        late = partial(engine.release_all, Unavailable("the server is leaving"))
-        asyncio.get_running_loop().call_later(engine.settings.drain_timeout, late)
+        if engine.phase == "loading":
+            os._exit(0)
+        if engine.phase == "draining":  # the second signal
+            os._exit(128 + sig)
+        engine.phase = "draining"
+        logger.info("leaving: %d requests to finish", len(engine.admitted))
+        give_up = partial(engine.release_all, unavailable("the server is leaving"))
+        asyncio.get_running_loop().call_later(engine.settings.drain_timeout, give_up)
 
     async def on_tick(self, counter: int) -> bool:
         engine: Engine = self.config.app.state.engine
-        self.should_exit = engine.state == "draining" and not engine.pending
+        self.should_exit = engine.phase == "draining" and not engine.admitted
         return await super().on_tick(counter)
 
 
 def follow(settings: Settings) -> int:
-    """Run what process 0 runs until that ends. Returns the exit code."""
+    """Run what process 0 of torchrun runs, until that ends. Returns the exit code."""
     engine = Engine(settings)
     engine.load()
-    for each in (signal.SIGINT, signal.SIGTERM):  # process 0 finishes its answers
-        signal.signal(each, signal.SIG_IGN)
-    engine.manager.output_router.output_queue.put = lambda output: None  # unread
-    engine.manager._wake_up_loop.wait = lambda timeout: None  # process 0 sets the pace
-    engine.manager._run_generation_loop()
+    for sig in (signal.SIGINT, signal.SIGTERM):  # process 0 finishes its answers
+        signal.signal(sig, signal.SIG_IGN)
+    follow_driver(engine.manager)
     return 0
 
 
@@ -1250,12 +1664,14 @@ def ray_app(args: dict[str, Any]) -> Any:
     """
     from ray import serve
 
-    cpus, least = float(args.pop("cpus", 1)), args.pop("replicas", 1)
-    scale = {"min_replicas": least, "max_replicas": args.pop("max_replicas", least)}
+    cpus = float(args.pop("cpus", 1))
+    replicas = args.pop("replicas", 1)
+    scale = {"min_replicas": replicas}
+    scale["max_replicas"] = args.pop("max_replicas", replicas)
     settings = Settings(**args)
     settings.model = settings.model.absolute()
     gpu = settings.device != "cpu" and not settings.demo
-    rows, most = settings.places(gpu)
+    limits = settings.limits(gpu)
     router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
     def replica() -> FastAPI:
@@ -1268,10 +1684,10 @@ def ray_app(args: dict[str, Any]) -> Any:
     return serve.deployment(
         serve.ingress(replica)(),
         ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
-        autoscaling_config=scale | {"target_ongoing_requests": rows},
+        autoscaling_config=scale | {"target_ongoing_requests": limits.max_running},
         request_router_config={"request_router_class": router},
-        max_ongoing_requests=most,
-        max_queued_requests=most,
+        max_ongoing_requests=limits.max_admitted,
+        max_queued_requests=limits.max_admitted,
         backpressure_config={"retry_after_s": 1},
         graceful_shutdown_timeout_s=settings.drain_timeout + 5,
     ).bind()
@@ -1288,22 +1704,22 @@ def main() -> int:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family)
     except ValidationError as error:
-        for e in error.errors():
-            option = str(e["loc"][0]).replace("_", "-")
-            logger.error("--%s: %s, not %r", option, e["msg"], e["input"])
+        for each in error.errors():
+            option = str(each["loc"][0]).replace("_", "-")
+            logger.error("--%s: %s, not %r", option, each["msg"], each["input"])
         return EXIT_WRONG_START
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
+    app = create_app(settings)
     # h11, because uvicorn's other parser has no limit for headers.
-    options = {"log_config": None, "http": "h11", "timeout_graceful_shutdown": 5}
-    server = Server(uvicorn.Config(create_app(settings), **options))
+    options = {"http": "h11", "log_config": None, "timeout_graceful_shutdown": 5}
     if settings.demo:
         logger.warning(DEMO_NOTE)
     if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    server.run([listener])
+    Server(uvicorn.Config(app, **options)).run([listener])
     return 0
 
 
@@ -1311,4 +1727,4 @@ if __name__ == "__main__":
     # Without Python's teardown, which waits for NCCL and for threads that hang.
     os._exit(main())
 
-app = create_app()
+app = create_app()  # for `uvicorn api:app`; `python api.py` does not get here
