@@ -15,7 +15,8 @@ import requests
 import tiny
 import torch
 import transformers
-from conftest import DEADLINE, Running, running, wait_until
+from net import DEADLINE
+from server import Running, running, wait_until
 from transformers.integrations import sdpa_attention
 
 import api

@@ -13,7 +13,8 @@ import psutil
 import pytest
 import requests
 import tiny
-from conftest import DEADLINE, running, spawned, wait_until
+from net import DEADLINE
+from server import running, spawned, wait_until
 
 import api
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import running
+from server import running
 from torch import nn
 
 import api

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import cancel
+import clients
 import pytest
 import requests
 import scripted
 import torch
-from conftest import running, wait_until
+from server import running, wait_until
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 import api
@@ -260,14 +260,14 @@ def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
 
 def test_greedy_answers_are_the_same_beside_sampled_ones_and_cancels(tiny_folder):
     with running(model=tiny_folder, max_in_flight=16, max_waiting=100) as served:
-        before = cancel.answers(served)
+        before = clients.answers(served)
         with ThreadPoolExecutor(10) as pool:
             sampled = [
                 pool.submit(served.post, f"sampled {n}", seed=n, top_p=0.9, **SAMPLED)
                 for n in range(8)
             ]
-            leaving = pool.submit(cancel.leave, served, 6)
-            assert cancel.answers(served) == before
+            leaving = pool.submit(clients.leave, served, 6)
+            assert clients.answers(served) == before
             assert all(one.result().status_code == 200 for one in sampled)
             assert leaving.result()
 
@@ -279,9 +279,9 @@ def test_greedy_answers_are_the_same_in_one_batch_with_sampled_ones(tiny_folder)
         ThreadPoolExecutor(9) as pool,
         scripted.Gate(served.engine) as gate,
     ):
-        alone = cancel.answers(served)
+        alone = clients.answers(served)
         gate.allow(0)
-        beside = pool.submit(cancel.answers, served)
+        beside = pool.submit(clients.answers, served)
         sampled = [
             pool.submit(served.post, f"sampled {n}", seed=n, **SAMPLED)
             for n in range(8)
@@ -289,7 +289,7 @@ def test_greedy_answers_are_the_same_in_one_batch_with_sampled_ones(tiny_folder)
         wait_until(lambda: len(served.engine.pending) == 20)
         gate.allow(8)  # every prompt is read, and none of the 40 tokens far
         wait_until(lambda: gate.left == 0)
-        states = [*cancel.scheduled(served).values()]
+        states = [*clients.scheduled(served).values()]
         assert len([each for each in states if each.generated_tokens]) == 20
         gate.allow()
         assert beside.result() == alone

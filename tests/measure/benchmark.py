@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Measure this server beside the tutorial's way, over HTTP, in one run.
 
-    python tests/benchmark.py --demo                      16 clients on any machine
-    python tests/benchmark.py --model models/LLM-Research/phi-4 --clients 1,8,32
-    python tests/benchmark.py --random /data/random-phi-4 phi-4's shape, no download
-    python tests/benchmark.py --chart results.json chart.png
-    python tests/benchmark.py --demo -- --batch-tokens 128      settings for api.py
+    python tests/measure/benchmark.py --demo                      16 clients on any machine
+    python tests/measure/benchmark.py --model models/LLM-Research/phi-4 --clients 1,8,32
+    python tests/measure/benchmark.py --random /data/random-phi-4 phi-4's shape, no download
+    python tests/measure/benchmark.py --chart results.json chart.png
+    python tests/measure/benchmark.py --demo -- --batch-tokens 128      settings for api.py
 
 The tutorial's way is one blocking `model.generate` at a time behind FastAPI, in a
 process of its own, in the faster of bfloat16 and float32. Both ways get the same
@@ -27,7 +27,6 @@ import platform
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,8 +39,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import _setup  # noqa: F401
+from net import free_port
 
 SEED = 20251122
 READY_SECONDS = 1800  # 29 GB from a slow disk, then compiling
@@ -250,15 +249,6 @@ class Way:
                     await asyncio.wait_for(process.wait(), 60)
                 except TimeoutError:
                     process.kill()
-
-
-def free_port() -> int:
-    """One below those that any program is given when it asks for none in particular:
-    torchrun and gloo ask for several before the server listens."""
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("0.0.0.0", random.randint(20000, 32000)))
-            return probe.getsockname()[1]
 
 
 async def is_ready(port: int) -> bool:

@@ -2,13 +2,14 @@
 """Look at /docs in a real browser and try the first route there.
 
     npm install swagger-ui-dist@5 playwright-core
-    python tests/docs_page.py NODE_MODULES BROWSER [SCREENSHOT.png]
+    python tests/measure/docs_page.py NODE_MODULES BROWSER [SCREENSHOT.png]
 
 Serves npm's swagger-ui-dist on loopback through --docs-assets, presses "Try it out"
 and "Execute" on POST /, and fails unless the page shows a 200. BROWSER is the path of
 Chromium (Debian: chromium-headless-shell). Nothing is loaded from elsewhere.
 """
 
+import argparse
 import functools
 import http.server
 import os
@@ -18,8 +19,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+import _setup  # noqa: F401
 import tiny
-from conftest import running
+from server import running
 
 VISIT = """
 const {chromium} = require("playwright-core");
@@ -60,8 +62,12 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def main() -> int:
-    modules, browser = Path(sys.argv[1]).resolve(), sys.argv[2]
-    shot = str(Path(sys.argv[3] if len(sys.argv) > 3 else "docs.png").resolve())
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("node_modules", type=Path)
+    parser.add_argument("browser", help="path of Chromium")
+    parser.add_argument("screenshot", type=Path, nargs="?", default=Path("docs.png"))
+    options = parser.parse_args()
+    modules, shot = options.node_modules.resolve(), str(options.screenshot.resolve())
     handler = functools.partial(Quiet, directory=modules / "swagger-ui-dist")
     assets = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=assets.serve_forever, daemon=True).start()
@@ -73,7 +79,7 @@ def main() -> int:
         with running(
             model=Path(scratch), docs_assets=address, served_model_name="phi-4"
         ) as served:
-            command = ["node", str(script), f"{served.url}/docs", browser, shot]
+            command = ["node", str(script), f"{served.url}/docs", options.browser, shot]
             environment = os.environ | {"NODE_PATH": str(modules)}
             visit = subprocess.run(
                 command, env=environment, stdout=subprocess.PIPE, text=True, check=False

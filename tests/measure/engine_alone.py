@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Measure the engine without HTTP: prefill, long prompts, the first of a length.
 
-    python tests/engine_alone.py --random /data/random-phi-4      on a GPU
-    python tests/engine_alone.py --model FOLDER --longest 500     anything smaller
+    python tests/measure/engine_alone.py --random /data/random-phi-4      on a GPU
+    python tests/measure/engine_alone.py --model FOLDER --longest 500     anything smaller
 
-What `tests/speed.md` calls "engine". Prompts are random token ids, so that no prefix
+What `tests/results/speed.md` calls "engine". Prompts are random token ids, so that no prefix
 cache knows them; end tokens do not end an answer. Times are from handing a prompt to
 the engine until its token has come back, in the generation thread.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _setup  # noqa: F401
 import benchmark
 import torch
 

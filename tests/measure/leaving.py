@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Report how long leaving takes, from the signal on.
 
-    python tests/leaving.py [COUNT]
+    python tests/measure/leaving.py [COUNT]
 
 Starts `python api.py` on a tiny random model COUNT (5) times for each case and prints
 the median and the worst time until /health answers 503 or the process has ended.
 """
 
+import argparse
 import contextlib
-import os
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import _setup  # noqa: F401
 import requests
 import tiny
-from conftest import spawned, wait_until
+from server import spawned, wait_until
 
 ENDLESS = 15000  # tokens; minutes
 
@@ -88,7 +88,9 @@ CASES: dict[str, tuple[Callable[[Any], float], tuple[str, ...]]] = {
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("count", type=int, nargs="?", default=5)
+    count = parser.parse_args().count
     with tempfile.TemporaryDirectory() as scratch:
         tiny.tiny_model(Path(scratch), context=16384, eos="never")
         for name, (case, options) in CASES.items():
@@ -102,5 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Report how far the server's logits are from a float32 reference.
 
-    python tests/numerics.py                  the demo model in bfloat16
-    python tests/numerics.py --model FOLDER --device cuda
-    python tests/numerics.py --quantize int8  how far the answers drift from bfloat16
+    python tests/measure/numerics.py                  the demo model in bfloat16
+    python tests/measure/numerics.py --model FOLDER --device cuda
+    python tests/measure/numerics.py --quantize int8  how far the answers drift from bfloat16
 
 Sequences of source text are served all at once: prompts around the borders of pages,
 shared beginnings and long contexts, in a cache so small that some are preempted. Each
@@ -21,7 +21,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-import benchmark  # noqa: F401 - puts the project on the path
+import _setup  # noqa: F401
 import torch
 import transformers
 from torch import Tensor

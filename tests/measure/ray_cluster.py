@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Two machines in one: Ray Serve with a replica on each of two nodes, measured.
 
-    python tests/ray_cluster.py                   prints a table, in about four minutes
-    python tests/ray_cluster.py --out FILE        writes the figures as JSON, too
+    python tests/measure/ray_cluster.py                   prints a table, in about four minutes
+    python tests/measure/ray_cluster.py --out FILE        writes the figures as JSON, too
 
 Needs Linux, `pip install -r tests/requirements.txt` and the right to make namespaces
 (root, or unprivileged user namespaces). Ray listens on all addresses of a machine, so
@@ -20,14 +20,11 @@ Exits with 1 if an answer is lost that the killed replica did not hold, or is wr
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import re
 import signal
-import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -40,13 +37,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _setup  # noqa: F401
 import psutil
 import requests
+import tiny
+from ray_inside import ISOLATED, environment, loopback_up, why_not
+from server import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-# The end of this process ends the first one in there, and that all others.
-ISOLATED = ["setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork"]
-ISOLATED += ["--map-root-user", "--net", "--pid", "--mount-proc"]
 URL = "http://127.0.0.1:8000"
 ROWS, CLIENTS, NEW_TOKENS, HISTORY, CONVERSATIONS = 4, 12, 48, 2000, 12
 MODEL = {"layers": 4, "hidden": 512, "heads": 8, "kv_heads": 4, "context": 4096}
@@ -57,32 +54,6 @@ SETTINGS = {
     "max_waiting": "28",
     "cache_tokens": "65536",
 }
-
-
-def why_not() -> str:
-    """Why no namespace can be made here; empty if one can."""
-    try:
-        done = subprocess.run(
-            [*ISOLATED, "true"], check=False, capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return "setpriv and unshare (util-linux) are not installed"
-    return "" if done.returncode == 0 else f"no namespaces here: {done.stderr.strip()}"
-
-
-def loopback_up() -> None:
-    """Switch the only network device of a new namespace on."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        flags = struct.pack("16sh22x", b"lo", 1)  # IFF_UP
-        fcntl.ioctl(control, 0x8914, flags)  # SIOCSIFFLAGS
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """For Ray's commands: its files in `folder`, no report of use, this Python."""
-    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    own = {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
-    own |= {"PATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    return os.environ | own
 
 
 def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
@@ -269,9 +240,6 @@ def second_turns(with_header: bool) -> dict[str, Any]:
 
 def measure(folder: Path) -> dict[str, Any]:
     """All figures; in the namespace."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import tiny
-
     tiny.tiny_model(folder / "model", eos="never", **MODEL)
     small = ["--num-cpus=1", "--object-store-memory=80000000"]
     for where in ("--head", "--address=127.0.0.1:6379"):

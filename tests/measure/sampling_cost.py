@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Report what sampled requests cost the greedy ones in the same batch.
 
-    python tests/sampling_cost.py                 a tiny model with phi-4's vocabulary
-    python tests/sampling_cost.py --model FOLDER [--device cuda] [--requests 32]
+    python tests/measure/sampling_cost.py                 a tiny model with phi-4's vocabulary
+    python tests/measure/sampling_cost.py --model FOLDER [--device cuda] [--requests 32]
 
 Half of the requests are greedy and are timed; the other half is greedy, too, or draws
 its tokens. All answers have the same length, and only the steps count in which all of
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _setup  # noqa: F401
 import benchmark
 import tiny
 import torch

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Soak test: thousands of mixed requests over HTTP on a tiny model.
 
-    python tests/soak.py                       10,000 requests to `python api.py`
-    python tests/soak.py --requests 1000       fewer
-    python tests/soak.py --inside              the server in this process: its engine
+    python tests/measure/soak.py                       10,000 requests to `python api.py`
+    python tests/measure/soak.py --requests 1000       fewer
+    python tests/measure/soak.py --inside              the server in this process: its engine
                                                and cache are looked at afterwards
-    python tests/soak.py --overlapped          so, and with a GPU's order of things
+    python tests/measure/soak.py --overlapped          so, and with a GPU's order of things
 
 The answers to 200 greedy prompts are computed beforehand with `model.generate`; every
 finished greedy answer must equal its own and every cut one must be a prefix of it.
@@ -32,15 +32,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
-
-import conftest
+import _setup  # noqa: F401
+import net
 import overlap
 import psutil
 import tiny
 import torch
 import transformers
+from net import exchange, packet
+from server import running, spawned, wait_until
 
 ROWS, WAITING, CONTEXT, LONGEST, BODY = 8, 16, 512, 32, 16384
 SERVER = {
@@ -136,47 +136,6 @@ def complete(tokenizer: Any, tokens: list[int]) -> str:
 
 
 # ------------------------------------------------------------------------------
-# A client that can misbehave
-# ------------------------------------------------------------------------------
-
-
-@dataclass
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-def packet(path: str, body: bytes, method: str = "POST", *extra: str) -> bytes:
-    head = [f"{method} {path} HTTP/1.1", "Host: test", "Connection: close", *extra]
-    if not any(line.startswith("Transfer-Encoding") for line in extra):
-        head.append(f"Content-Length: {len(body)}")
-    head.append("Content-Type: application/json")
-    return "\r\n".join([*head, "", ""]).encode() + body
-
-
-async def exchange(port: int, data: bytes, events: int | None = None) -> Reply:
-    """Send bytes and read the answer, or leave after so many events of it."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
-    try:
-        writer.write(data)
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        pairs = (line.split(": ", 1) for line in head[1:] if line)
-        headers = {name.lower(): value for name, value in pairs}
-        body = b""
-        if headers.get("transfer-encoding") == "chunked":
-            while size := int(await reader.readline(), 16):
-                body += (await reader.readexactly(size + 2))[:-2]
-                if events is not None and body.count(b"\n\n") >= events:
-                    break
-        else:
-            body = await reader.read()
-        return Reply(int(head[0].split()[1]), headers, body)
-    finally:
-        writer.transport.abort()
-
-
-# ------------------------------------------------------------------------------
 # The mix
 # ------------------------------------------------------------------------------
 
@@ -225,7 +184,7 @@ class Soak:
 
     async def one(self, kind: str) -> None:
         try:
-            async with asyncio.timeout(conftest.DEADLINE):
+            async with asyncio.timeout(net.DEADLINE):
                 await self.kinds[kind][1]()
         except Exception as error:  # noqa: BLE001 whatever it was, it counts as wrong
             self.wrong.append(f"{kind}: {type(error).__name__}: {error}")
@@ -408,7 +367,7 @@ def served(folder: Path, args: Any) -> Iterator[tuple[int, int, Any]]:
     if args.inside or args.overlapped:
         with (
             overlap.overlapped(args.overlapped),
-            conftest.running(model=folder, **SERVER) as server,
+            running(model=folder, **SERVER) as server,
         ):
             yield int(server.url.rsplit(":", 1)[1]), os.getpid(), server
     else:
@@ -417,7 +376,7 @@ def served(folder: Path, args: Any) -> Iterator[tuple[int, int, Any]]:
             for name, value in SERVER.items()
             for part in (f"--{name.replace('_', '-')}", str(value))
         ]
-        with conftest.spawned("--model", str(folder), *options) as process:
+        with spawned("--model", str(folder), *options) as process:
             yield process.port, process.pid, None
 
 
@@ -488,7 +447,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
             free_at_first = free_cache(server.engine) if server else 0
             soak, figures = asyncio.run(measure(port, pid, refs, args))
             if server:
-                conftest.wait_until(server.idle)
+                wait_until(server.idle)
                 lost = free_at_first - free_cache(server.engine)
                 figures["cache lost, bytes"] = lost
                 soak.check(lost == 0, "the cache is not free")

@@ -2,7 +2,7 @@
 """A storm of requests over HTTP for a server that runs already, on a GPU say.
 
     python api.py --demo --cache-tokens 24576 &
-    python tests/storm.py --seconds 60 --clients 100
+    python tests/measure/storm.py --seconds 60 --clients 100
 
 Prompts of one word to thousands, some with one beginning; greedy and sampled, whole and
 streamed answers; a quarter of the clients leave at a random moment. A cache that cannot
@@ -23,6 +23,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import _setup  # noqa: F401
+import net
 import soak
 
 BEGINNING = " ".join(soak.WORDS * 40)
@@ -38,13 +40,11 @@ class Storm:
     health: float = 0.0  # longest wait in seconds
 
     async def get(self, path: str) -> str:
-        reply = await soak.exchange(self.port, soak.packet(path, b"", "GET"))
+        reply = await net.exchange(self.port, net.packet(path, b"", "GET"))
         return reply.body.decode()
 
-    async def post(self, body: dict[str, Any]) -> soak.Reply:
-        return await soak.exchange(
-            self.port, soak.packet("/", json.dumps(body).encode())
-        )
+    async def post(self, body: dict[str, Any]) -> net.Reply:
+        return await net.exchange(self.port, net.packet("/", body))
 
     def body(self, rng: random.Random) -> dict[str, Any]:
         words = int(self.words ** rng.random())  # as many of 1 to 10 as of 100 to 1000

@@ -18,12 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import net
 import pytest
-import ray_cluster
+import ray_inside
 import requests
-import scripted
 import tiny
-from conftest import DEADLINE, ROOT, wait_until
+from net import DEADLINE
+from server import ROOT, wait_until
 
 import api
 
@@ -76,7 +77,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if why := ray_cluster.why_not():
+    if why := ray_inside.why_not():
         pytest.skip(why)
     model = tmp_path_factory.mktemp("ray") / "tiny"
     tiny.tiny_model(model, layers=1, hidden=32, context=2**17, eos="never")
@@ -96,13 +97,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         listener,
         subprocess.Popen(
             [
-                *ray_cluster.ISOLATED,
+                *ray_inside.ISOLATED,
                 sys.executable,
-                ROOT / "tests" / "ray_inside.py",
+                ray_inside.__file__,
                 str(listener.fileno()),
             ],
             cwd=ROOT,
-            env=ray_cluster.environment(Path(name)) | {"PHI4_API_KEY": "right"},
+            env=ray_inside.environment(Path(name)) | {"PHI4_API_KEY": "right"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -137,7 +138,7 @@ def test_requests_come_when_the_model_is_loaded(cluster: Cluster) -> None:
 def test_a_stream_adds_up_to_the_plain_answer(cluster: Cluster) -> None:
     plain = cluster.post(max_new_tokens=40)
     assert plain.headers["X-Completion-Tokens"] == "40"
-    deltas, last = scripted.told(cluster.post(max_new_tokens=40, stream=True))
+    deltas, last = net.told(cluster.post(max_new_tokens=40, stream=True))
     assert len(deltas) > 10
     assert "".join(deltas) == last["response"] == plain.json()["response"]
 
@@ -189,7 +190,7 @@ def test_an_answer_in_flight_outlives_the_application(cluster: Cluster) -> None:
         return False
 
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(scripted.told, answer)
+        reading = pool.submit(net.told, answer)
         cluster.run("python -c 'from ray import serve; serve.delete(\"default\")'")
         wait_until(gone)
         assert not reading.done(), "too short an answer to tell"

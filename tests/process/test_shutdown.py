@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 import tiny
-from conftest import spawned, wait_until
+from server import spawned, wait_until
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--max-in-flight", "1")
 LONG, ENDLESS = 1000, 15000  # tokens: seconds; minutes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A short soak in every run of the tests; `python tests/soak.py` is the long one."""
+"""A short soak in every run of the tests; `python tests/measure/soak.py` is the long one."""
 
 from soak import run
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import requests
 import torch
-from conftest import DEADLINE, ROOT, Running, running, spawned, wait_until
+from net import DEADLINE
+from server import ROOT, Running, running, spawned, wait_until
 
 import api
 
@@ -296,7 +297,7 @@ def test_signal_lets_answers_finish(tiny_folder: Path, sig: int) -> None:
 
 def test_server_object_is_what_uvicorn_finds(tiny_folder: Path) -> None:
     """`uvicorn api:app` works, with the settings from the environment."""
-    from conftest import free_port
+    from net import free_port
 
     port = free_port()
     environment = {"PHI4_MODEL": str(tiny_folder), "PHI4_DEVICE": "cpu"}

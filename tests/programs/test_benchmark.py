@@ -97,12 +97,13 @@ def test_an_answer_of_the_tutorial_that_is_short_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its clients cannot count tokens, so its server does."""
-    code = Path(benchmark.__file__).read_text()
+    here, code = Path(benchmark.__file__).parent, Path(benchmark.__file__).read_text()
     line = "model.generation_config.eos_token_id = None\n"
     assert code.count(line) == 1
     other = folder.parent / "benchmark.py"
     other.write_text(code.replace(line, "pass\n"))
     monkeypatch.setattr(benchmark, "__file__", str(other))
+    monkeypatch.setenv("PYTHONPATH", str(here))  # where its imports are
     command = f"tutorial --model {folder} --device cpu --dtype float32 --new-tokens 24"
     way = benchmark.Way("it", command.split(), benchmark.ask_tutorial, [1], threads=1)
 

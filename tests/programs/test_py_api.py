@@ -12,13 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
 import api
+import py_api
 
-CLIENT = [sys.executable, str(Path(__file__).parent.parent / "py_api.py")]
+CLIENT = [sys.executable, py_api.__file__]
 EXAMPLE = {
     "prompt": "刚才我们再聊什么？",
     "history": [

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import benchmark
+import net
 import pytest
 import requests
 import scripted
 import torch
-from conftest import DEADLINE, ROOT, Running, free_port, running, spawned, wait_until
+from net import DEADLINE, free_port
+from server import ROOT, Running, running, spawned, wait_until
 
 import api
 import model_download
@@ -48,7 +50,9 @@ INSTALLED = (
 )
 # Beginnings of commands whose options are checked, because phi-4 itself is too large.
 PARSED = ("python model_download.py", "HF_ENDPOINT=", "python api.py")
-PARSED += ("python tests/benchmark.py",)  # test_benchmark.py runs it, on a tiny model
+PARSED += (
+    "python tests/measure/benchmark.py",
+)  # test_benchmark.py runs it, on a tiny model
 PARSED += ("torchrun ",)  # test_parallel.py runs it, on a tiny model
 RUN = (*INSTALLED, "curl ", "python py_api.py", "export OPENAI_BASE_URL=", "ssh ")
 RUN += ("ray start ", "serve run ")  # by test_ray.py
@@ -205,7 +209,7 @@ def test_options_of_commands_that_need_phi4(
     if "api.py" in words:
         api.Settings(_cli_parse_args=words[words.index("api.py") + 1 :])
         return
-    if words[1] == "tests/benchmark.py":
+    if words[1] == "tests/measure/benchmark.py":
         assert benchmark.parse(words[2:]).demo
         return
     asked = []
@@ -231,8 +235,8 @@ def test_licences() -> None:
     *_, section = README.split("## Versions and licences")
     assert "own code: MIT" in section and "phi-4: MIT" in section
     assert re.search(r"SmolLM2-135M-Instruct: Apache-2\.0", section)
-    sources = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
-    assert len(sources) > 20
+    sources = [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    assert len(sources) > 40
     for path in sources:
         assert path.read_text().startswith("# SPDX-License-Identifier: MIT\n"), path
 
@@ -427,7 +431,7 @@ def test_nginx_passes_each_delta_on_at_once(nginx: str, server: Running) -> None
     with scripted.Gate(server.engine) as gate:
         gate.allow(12)  # prompt and some tokens: the answer cannot end yet
         answer = requests.post(nginx, json=body, stream=True, timeout=10)
-        stream = scripted.events(answer)
+        stream = net.events(answer)
         first = json.loads(next(stream)[1])["delta"]
         gate.allow()
         rest = [json.loads(data) for event, data in stream if event]
@@ -442,7 +446,7 @@ def test_nginx_frees_the_slot_of_a_client_that_left(
     with scripted.Gate(server.engine) as gate:
         gate.allow(12)
         answer = requests.post(nginx, json=body, stream=True, timeout=10)
-        stream = scripted.events(answer)  # kept: losing it would close the connection
+        stream = net.events(answer)  # kept: losing it would close the connection
         next(stream)
         assert server.engine.pending
         answer.close()

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import DEADLINE, Running
+from net import DEADLINE
+from server import Running
 
 import api
 
@@ -97,7 +98,7 @@ def test_only_short_prompts_are_tokenised_on_the_event_loop(
 
 def test_stops_at_every_end_token(tmp_path: Any) -> None:
     import tiny
-    from conftest import running
+    from server import running
 
     for end in ("<|im_end|>", "<|endoftext|>"):
         folder = tmp_path / end.strip("<|>")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import requests
 import tiny
-from conftest import DEADLINE, Running, running
+from net import DEADLINE
 from openapi_spec_validator import validate
+from server import Running, running
 
 import api
 

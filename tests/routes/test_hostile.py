@@ -11,7 +11,7 @@ import zlib
 import pydantic
 import pytest
 import requests
-from conftest import wait_until
+from server import wait_until
 
 import api
 

@@ -6,7 +6,7 @@ import secrets
 
 import pytest
 import requests
-from conftest import running, spawned, wait_until
+from server import running, spawned, wait_until
 
 import api
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import requests
 import scripted
-from conftest import DEADLINE, Running, running, wait_until
+from net import DEADLINE
 from prometheus_client.parser import text_string_to_metric_families
+from server import Running, running, wait_until
 
 
 def figures(server: Running) -> dict[tuple[str, ...], float]:

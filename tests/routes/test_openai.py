@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import net
 import openai
 import pytest
 import requests
 import scripted
-from conftest import DEADLINE, Running, running, wait_until
+from net import DEADLINE
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from server import Running, running, wait_until
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 PATH = "/v1/chat/completions"
@@ -85,7 +87,7 @@ def test_a_stream_has_the_shape_of_openai(counting, say):
     say(b"Hi", b" ", b"you")
     response = ask(counting, stream=True)
     assert response.headers["Content-Type"].startswith("text/event-stream")
-    found = [data for _, data in scripted.events(response)]
+    found = [data for _, data in net.events(response)]
     assert found[-1] == "[DONE]" and found.count("[DONE]") == 1
     assert all("usage" not in json.loads(data) for data in found[:-1])
     chunks = [
@@ -127,8 +129,7 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(counting, say, client, op
 def test_no_usage_in_a_stream_that_does_not(counting, say, options):
     say(b"a")
     found = [
-        d
-        for _, d in scripted.events(ask(counting, stream=True, stream_options=options))
+        d for _, d in net.events(ask(counting, stream=True, stream_options=options))
     ]
     assert all(
         json.loads(d).get("usage") is None and json.loads(d)["choices"]

@@ -16,7 +16,7 @@ import pytest
 import requests
 import scripted
 import torch
-from conftest import running, spawned, wait_until
+from server import running, spawned, wait_until
 from soak import free_cache
 
 import api

@@ -13,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cancel
+import clients
+import net
 import pytest
 import requests
 import scripted
 import tiny
-from conftest import DEADLINE, Running, running, wait_until
+from net import DEADLINE
+from server import Running, running, wait_until
 
 import api
 
@@ -87,7 +89,7 @@ def test_every_cut_of_a_text_reads_the_same_streamed_and_whole(counting, say):
 
     def both(limit: int) -> tuple[Any, Any]:
         whole = counting.post("hello", max_new_tokens=limit)
-        return whole, scripted.told(stream(counting, max_new_tokens=limit))
+        return whole, net.told(stream(counting, max_new_tokens=limit))
 
     with ThreadPoolExecutor(12) as pool:
         results = list(pool.map(both, limits))
@@ -126,7 +128,7 @@ def test_text_is_what_the_tokenizer_decodes(builder, tmp_path):
 def test_a_delta_never_takes_back_or_splits_a_character(counting, say):
     text = (FAMILY + "你好").encode() * 3
     say(in_bytes(text))
-    deltas, last = scripted.told(stream(counting))
+    deltas, last = net.told(stream(counting))
     assert all(deltas), "an empty delta says nothing"
     assert last["response"] == text.decode() == "".join(deltas)
     assert "�" not in "".join(deltas)
@@ -188,7 +190,7 @@ def test_stop(counting, say, pieces, stop, text, tokens):
     assert whole.json()["response"] == text
     assert whole.headers["X-Finish-Reason"] == "stop"
     assert whole.headers["X-Completion-Tokens"] == str(tokens)
-    deltas, last = scripted.told(stream(counting, stop=stop))
+    deltas, last = net.told(stream(counting, stop=stop))
     assert "".join(deltas) == last["response"] == text
 
 
@@ -197,10 +199,7 @@ def test_a_begun_stop_string_is_shown_when_the_limit_cuts_it(counting, say):
     whole = counting.post("hello", stop="END", max_new_tokens=3)
     assert whole.json()["response"] == "xEN"
     assert whole.headers["X-Finish-Reason"] == "length"
-    assert (
-        "".join(scripted.told(stream(counting, stop="END", max_new_tokens=3))[0])
-        == "xEN"
-    )
+    assert "".join(net.told(stream(counting, stop="END", max_new_tokens=3))[0]) == "xEN"
     assert (
         counting.post("hello", stop="END", max_new_tokens=4).json()["response"] == "x"
     )
@@ -234,7 +233,7 @@ def test_headers(counting, say):
 
 def test_an_answer_without_text_has_no_delta(counting, say):
     say([])
-    assert scripted.told(stream(counting))[0] == []
+    assert net.told(stream(counting))[0] == []
     assert counting.post().json()["response"] == ""
 
 
@@ -242,7 +241,7 @@ def test_pings_while_nothing_comes(counting, say, monkeypatch):
     monkeypatch.setattr(api, "PING_SECONDS", 0.02)
     say(in_bytes(b"abcdef"))
     counting.gate.allow(2)
-    found = scripted.events(stream(counting))
+    found = net.events(stream(counting))
     seen = [next(found) for _ in range(6)]  # more than two deltas: the rest are pings
     counting.gate.allow()
     seen += found
@@ -319,11 +318,11 @@ def test_a_client_that_reads_late_gets_everything(counting, say):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(DEADLINE)
         client.connect(("127.0.0.1", int(counting.url.rpartition(":")[2])))
-        body = json.dumps({"prompt": "hello", "stream": True, "max_new_tokens": 250})
-        cancel.ask(client, body)
+        body = {"prompt": "hello", "stream": True, "max_new_tokens": 250}
+        client.sendall(net.packet(body=body))
         wait_until(lambda: counting.engine.pending)
         wait_until(
-            lambda: not cancel.scheduled(counting)
+            lambda: not clients.scheduled(counting)
         )  # generated, and not yet read
         received = b"".join(iter(lambda: client.recv(1 << 20), b""))
     lines = received.replace(b"\r\n", b"\n").split(b"\n")
@@ -354,7 +353,7 @@ def test_a_server_that_is_full_says_so_to_streams_too(counting_folder, monkeypat
     ):
         scripted.teach(monkeypatch, served.engine, in_bytes(b"abc"))
         gate.allow(1)
-        first = scripted.events(stream(served))
+        first = net.events(stream(served))
         assert json.loads(next(first)[1]) == {"delta": "a"}
         refused = stream(served)
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
@@ -387,7 +386,7 @@ def test_a_failure_after_it_is_an_error_event(counting, say, path):
         counting.url + path, json=asked, stream=True, timeout=DEADLINE
     )
     assert response.status_code == 200
-    found = scripted.events(response)
+    found = net.events(response)
     seen = [next(found)]
     while not re.search('"a?b"', seen[-1][1]):  # one piece if the reader is late
         seen.append(next(found))
@@ -413,7 +412,7 @@ def test_timeouts_before_and_after_the_first_token(counting_folder, monkeypatch)
     ):
         scripted.teach(monkeypatch, served.engine, in_bytes(b"abc"))
         gate.allow(1)
-        event, data = list(scripted.events(stream(served)))[-1]
+        event, data = list(net.events(stream(served)))[-1]
         assert event == "error" and "0.5 seconds" in json.loads(data)["detail"]
         gate.allow(0)
         late = stream(served)
@@ -429,13 +428,13 @@ def test_timeouts_before_and_after_the_first_token(counting_folder, monkeypatch)
 
 def test_clients_that_leave_free_their_slots_and_disturb_nobody(tiny_folder):
     with running(model=tiny_folder, max_in_flight=8, max_waiting=100) as served:
-        before = cancel.answers(served)
+        before = clients.answers(served)
         assert len({*before}) == len(before) == 12
         with ThreadPoolExecutor(2) as pool:
-            beside = pool.submit(cancel.answers, served)
-            freed = cancel.leave(served, 12)
+            beside = pool.submit(clients.answers, served)
+            freed = clients.leave(served, 12)
         assert len(freed) > 8  # on a busy machine one may reach its end first
-        assert beside.result() == before == cancel.answers(served)
+        assert beside.result() == before == clients.answers(served)
         wait_until(served.idle)
 
 
@@ -448,9 +447,9 @@ def test_a_client_that_leaves_the_queue_frees_its_place(counting_folder, monkeyp
         gate.allow(0)
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(served.post)
-            wait_until(lambda: cancel.scheduled(served))
-            with cancel.connected(served) as client:
-                cancel.ask(client, json.dumps({"prompt": "hello"}))
+            wait_until(lambda: clients.scheduled(served))
+            with net.connect(served.url) as client:
+                client.sendall(net.packet(body={"prompt": "hello"}))
                 wait_until(lambda: len(served.engine.pending) == 2)
             wait_until(lambda: len(served.engine.pending) == 1)
             second = pool.submit(served.post)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What test_ray.py runs in a namespace of its own: a Ray cluster, and the way to it.
 
-    python tests/ray_inside.py DESCRIPTOR
+    python tests/support/ray_inside.py DESCRIPTOR
 
 Connections to the listening socket with this number, which is from outside, are handed
 on to Ray's proxies. Shell commands come as lines of standard input; each is run to its
@@ -10,12 +10,44 @@ end, which a line of its exit code tells.
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
-import ray_cluster
+# The end of this process ends the first one in there, and that all others.
+ISOLATED = ["setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork"]
+ISOLATED += ["--map-root-user", "--net", "--pid", "--mount-proc"]
+
+
+def why_not() -> str:
+    """Why no namespace can be made here; empty if one can."""
+    try:
+        done = subprocess.run(
+            [*ISOLATED, "true"], check=False, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "setpriv and unshare (util-linux) are not installed"
+    return "" if done.returncode == 0 else f"no namespaces here: {done.stderr.strip()}"
+
+
+def loopback_up() -> None:
+    """Switch the only network device of a new namespace on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        flags = struct.pack("16sh22x", b"lo", 1)  # IFF_UP
+        fcntl.ioctl(control, 0x8914, flags)  # SIOCSIFFLAGS
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For Ray's commands: its files in `folder`, no report of use, this Python."""
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    own = {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    own |= {"PATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    return os.environ | own
 
 
 async def hand_on(listener: socket.socket) -> None:
@@ -42,7 +74,7 @@ async def hand_on(listener: socket.socket) -> None:
 
 
 def main() -> None:
-    ray_cluster.loopback_up()
+    loopback_up()
     listener = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=asyncio.run, args=[hand_on(listener)], daemon=True).start()
     for command in sys.stdin:

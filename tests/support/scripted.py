@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
 """A tiny model that says what a test wants, and a gate before its forward passes."""
 
-import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import overlap
-import requests
 import tiny
 import torch
 from transformers import Phi3ForCausalLM
@@ -89,27 +87,3 @@ class Gate:
                 self.broken, self.left = False, math.inf
                 raise RuntimeError("injected")
             self.left -= 1
-
-
-def events(response: requests.Response) -> Iterator[tuple[str, str]]:
-    """The (event, data) of a stream as they come; comments as ("", text)."""
-    event, data = "message", []
-    for line in response.iter_lines(chunk_size=1):
-        name, _, value = line.decode().partition(": ")
-        if not line:
-            if data:
-                yield event, "\n".join(data)
-            event, data = "message", []
-        elif not name or name.startswith(":"):
-            yield "", line.decode()
-        elif name == "event":
-            event = value
-        elif name == "data":
-            data.append(value)
-
-
-def told(response: requests.Response) -> tuple[list[str], dict[str, Any]]:
-    """The deltas and the last event of a stream of `POST /`."""
-    found = [json.loads(data) for event, data in events(response) if event]
-    assert all(set(item) == {"delta"} for item in found[:-1]), found
-    return [item["delta"] for item in found[:-1]], found[-1]

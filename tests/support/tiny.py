@@ -3,7 +3,7 @@
 
 Each builder fills a folder that `AutoTokenizer.from_pretrained`, and for models
 `AutoModelForCausalLM.from_pretrained`, load without a network.
-`python tests/tiny.py FOLDER` writes a small model for trying the server by hand.
+`python tests/support/tiny.py FOLDER` writes a small model for trying the server by hand.
 """
 
 import json
@@ -189,5 +189,5 @@ def _merges(ranks: Mapping[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/tiny.py FOLDER")
+        sys.exit("usage: python tests/support/tiny.py FOLDER")
     tiny_model(Path(sys.argv[1]))
