@@ -47,7 +47,6 @@ import secrets
 import shutil
 import signal
 import socket
-import struct
 import sysconfig
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -102,15 +101,6 @@ RANK = int(os.environ.get("RANK", "0")) % WORLD_SIZE
 # ------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------
-
-
-class Limits(NamedTuple):
-    """Settings whose defaults depend on the device."""
-
-    max_running: int  # requests in the batch
-    max_admitted: int  # running or waiting
-    batch_tokens: int  # in one forward pass
-    cache_tokens: int  # in the KV cache; 0: what is left of the GPU's memory
 
 
 class Settings(BaseSettings):
@@ -172,15 +162,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
-    def limits(self, gpu: bool) -> Limits:
-        max_running = self.max_in_flight or (128 if gpu else 16)
-        max_waiting = self.max_waiting if self.max_waiting >= 0 else 2 * max_running
-        return Limits(
-            max_running=max_running,
-            max_admitted=max_running + max_waiting,
-            batch_tokens=self.batch_tokens or (8192 if gpu else 256),
-            cache_tokens=self.cache_tokens or (0 if gpu else 16384),
-        )
+    def resolve(self, gpu: bool) -> None:
+        """Fill in the defaults that depend on the device."""
+        self.max_in_flight = self.max_in_flight or (128 if gpu else 16)
+        self.batch_tokens = self.batch_tokens or (8192 if gpu else 256)
+        self.cache_tokens = self.cache_tokens or (0 if gpu else 16384)
+        if self.max_waiting < 0:
+            self.max_waiting = 2 * self.max_in_flight
 
     def keys(self) -> list[bytes]:
         return self.api_key.replace(",", " ").encode().split()
@@ -248,10 +236,10 @@ class ChatResponse(BaseModel):
     time: str = Field(examples=["2026-01-31 12:00:00"])
 
 
-CHAT_EXAMPLE = {"prompt": "What is the capital of France?", "history": []}
+CHAT_EXAMPLE = {"example": {"prompt": "What is the capital of France?", "history": []}}
 
 
-class ChatRequest(SamplingFields, json_schema_extra={"example": CHAT_EXAMPLE}):
+class ChatRequest(SamplingFields, json_schema_extra=CHAT_EXAMPLE):
     """The body of `POST /`."""
 
     prompt: Text = Field(min_length=1)
@@ -333,15 +321,11 @@ NeutralOne = Annotated[int, Field(ge=1, le=1)] | None
 NeutralList = Annotated[list[Any], Field(max_length=0)] | None
 NeutralDict = Annotated[dict[str, Any], Field(max_length=0)] | None
 
-OPENAI_EXAMPLE = {
-    "model": "phi-4",
-    "messages": [{"role": "user", "content": "What is 2 + 2?"}],
-}
+QUESTION = {"role": "user", "content": "What is 2 + 2?"}
+OPENAI_EXAMPLE = {"example": {"model": "phi-4", "messages": [QUESTION]}}
 
 
-class OpenAIRequest(
-    SamplingFields, extra="ignore", json_schema_extra={"example": OPENAI_EXAMPLE}
-):
+class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored;
     listed ones that this server cannot honour take their neutral value only."""
 
@@ -369,13 +353,12 @@ class OpenAIRequest(
     def to_response(self, generation: "Generation") -> ChatCompletion:
         turn = Turn(role="assistant", content=generation.text)
         choice = OpenAIChoice(message=turn, finish_reason=generation.finish_reason)
-        return ChatCompletion(
-            **generation.openai_fields(), choices=[choice], usage=generation.usage()
-        )
+        fields = generation.openai_fields | {"usage": generation.usage()}
+        return ChatCompletion(choices=[choice], **fields)
 
     def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
         """Data of the next server-sent events; `sent` characters are out already."""
-        fields = generation.openai_fields() | {"object": "chat.completion.chunk"}
+        fields = generation.openai_fields | {"object": "chat.completion.chunk"}
 
         def chunk(delta: dict[str, str], reason: FinishReason | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -416,7 +399,9 @@ class Generation:
 
     def __init__(self, model: str, stop: str | list[str] | None) -> None:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
-        self.model, self.created = model, int(time.time())
+        # OpenAI's response and each of its chunks begin with these.
+        created = int(time.time())
+        self.openai_fields = {"id": self.id, "created": created, "model": model}
         self.stop_strings = [stop] if isinstance(stop, str) else stop or []
         self.longest_stop = max(map(len, self.stop_strings), default=0)
         self.prompt_tokens = self.completion_tokens = 0
@@ -471,10 +456,6 @@ class Generation:
         prompt, new = self.prompt_tokens, self.completion_tokens
         used = {"prompt_tokens": prompt, "completion_tokens": new}
         return used | {"total_tokens": prompt + new}
-
-    def openai_fields(self) -> dict[str, str | int]:
-        """What OpenAI's response and each of its chunks begin with."""
-        return {"id": self.id, "created": self.created, "model": self.model}
 
     @property
     def ttft(self) -> float:
@@ -587,11 +568,11 @@ class Engine:
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
         if self.phase != "serving":
             return self.phase
-        return "ok" if is_alive(self.manager) else "down"
+        return "down" if why_down(self.manager) else "ok"
 
     @property
     def num_running(self) -> int:
-        return min(len(self.admitted), self.limits.max_running)
+        return min(len(self.admitted), self.settings.max_in_flight)
 
     def load(self) -> None:
         """Load the model and warm it up; takes seconds to minutes. To be called in a
@@ -599,9 +580,8 @@ class Engine:
         those of the generation thread sleep at every barrier."""
         settings = self.settings
         self.device = device = preflight(settings)
-        gpu = device.type == "cuda"
-        self.limits = settings.limits(gpu)
-        dtype = settings.dtype
+        gpu, dtype = device.type == "cuda", settings.dtype
+        settings.resolve(gpu)
         if dtype == "auto":
             # CPUs that multiply bfloat16 are faster with it, others far slower.
             fast = gpu or torch.cpu._is_avx512_bf16_supported()
@@ -684,9 +664,9 @@ class Engine:
 
     async def restart(self) -> None:
         """Start a dead generation thread again. Raises if the GPU does not work."""
-        reason = fatal_error(self.manager)
+        reason = why_down(self.manager)
         if WORLD_SIZE > 1:  # all processes have to start again
-            raise RuntimeError(reason or "the process of another GPU has failed")
+            raise RuntimeError(f"a process of {WORLD_SIZE} has failed: {reason}")
         logger.error("generation died and is started again: %s", reason)
         self.release_all(unavailable(ENGINE_FAILED))
         await asyncio.to_thread(self.manager.join, time.perf_counter())
@@ -700,8 +680,8 @@ class Engine:
         tokens = await self.tokenize(body.turns(), generation)
         if generation.error:  # it was released meanwhile
             raise generation.error
-        generation.prompt_tokens = len(tokens)
         limit = self.new_token_limit(len(tokens), body.max_new_tokens)
+        generation.prompt_tokens = len(tokens)
         options: dict[str, Any] = {"max_new_tokens": limit, "streaming": True}
         if params := body.sampling_params():
             options["sampling"] = params
@@ -710,9 +690,10 @@ class Engine:
 
     def admit(self, generation: Generation) -> None:
         """Give a request a place, which `release` frees. Raises a 503 if it is full."""
+        settings = self.settings
         if self.status != "ok":
             raise unavailable(f"the server is {self.status}")
-        if len(self.admitted) >= self.limits.max_admitted:
+        if len(self.admitted) >= settings.max_in_flight + settings.max_waiting:
             raise unavailable(f"{len(self.admitted)} requests are in flight or waiting")
         self.admitted[generation.id] = generation
 
@@ -825,21 +806,18 @@ CONNECTION_CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
 
 
 class BoundedRequest(Request):
-    """A request whose body is read within the limits of size and time."""
+    """A request whose body comes within the limits of size and time."""
 
-    whole_body: bytes | None = None
-
-    async def body(self) -> bytes:
+    async def stream(self) -> AsyncIterator[bytes]:
         """Raises HTTPException: 408 or 413."""
-        if self.whole_body is not None:
-            return self.whole_body
-        body, size, limit = bytearray(), 0, self.app.state.settings.max_body_bytes
+        settings, size = self.app.state.settings, 0
+        limit = settings.max_body_bytes
         try:
-            async with asyncio.timeout(self.app.state.settings.body_timeout):
-                async for piece in self.stream():
+            async with asyncio.timeout(settings.body_timeout):
+                async for piece in super().stream():
                     size += len(piece)
                     if size <= limit:
-                        body += piece
+                        yield piece
                     elif size > 16 * limit:  # at once, a reset would overtake the 413
                         break
         except (TimeoutError, ClientDisconnect) as error:
@@ -847,8 +825,6 @@ class BoundedRequest(Request):
             raise HTTPException(408, why, CONNECTION_CLOSE) from error
         if size > limit:  # uvicorn reads the rest, if there is any, and drops it
             raise HTTPException(413, f"the body has over {limit} bytes")
-        self.whole_body = bytes(body)
-        return self.whole_body
 
 
 class SecuredRoute(APIRoute):
@@ -895,7 +871,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     logger.debug("%s is asked %r", generation.id, body)
     # RequestMiddleware ends both, however this request ends.
     request.state.generation = generation
-    leaving = release_when_client_leaves(request, engine, generation)
+    leaving = release_when_client_leaves(request, generation)
     request.state.client_watch = asyncio.create_task(leaving)
     await engine.submit(body, generation)
     await generation.wait()
@@ -912,11 +888,10 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     return Response(content, 200, headers, "application/json")
 
 
-async def release_when_client_leaves(
-    request: Request, engine: Engine, generation: Generation
-) -> None:
+async def release_when_client_leaves(request: Request, generation: Generation) -> None:
     await request.receive()  # the body is there, so only a disconnect can come
-    engine.release(generation, HTTPException(499, "the client has left"))
+    left = HTTPException(499, "the client has left")
+    request.app.state.engine.release(generation, left)
 
 
 async def stream_events(
@@ -1025,9 +1000,9 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=registry)
-        prometheus.PlatformCollector(registry=registry)
-        prometheus.GCCollector(registry=registry)
+        process = prometheus.ProcessCollector, prometheus.GCCollector
+        for collector in (*process, prometheus.PlatformCollector):
+            collector(registry=registry)
         counter = partial(prometheus.Counter, registry=registry)
         histogram = partial(prometheus.Histogram, registry=registry)
         gauge = partial(prometheus.Gauge, registry=registry)
@@ -1176,14 +1151,14 @@ def create_manager(model: Any, ends: list[int], settings: Settings) -> Any:
     """The library's manager of a generation thread, which runs a forward pass for all
     requests at once, over and over. `warmup` allocates its cache and, on a GPU, compiles
     the layers and captures the CUDA graphs."""
-    limits = settings.limits(model.device.type == "cuda")
     on_flash = model.config._attn_implementation == FLASH
     page_size = PAGE_SIZE if on_flash else 16
     config = transformers.ContinuousBatchingConfig(
         page_size=page_size,
-        num_blocks=math.ceil(limits.cache_tokens / page_size) or None,
-        max_batch_tokens=limits.batch_tokens,
-        max_requests_per_batch=limits.max_running,
+        # None: what is left of the GPU's memory
+        num_blocks=math.ceil(settings.cache_tokens / page_size) or None,
+        max_batch_tokens=settings.batch_tokens,
+        max_requests_per_batch=settings.max_in_flight,
         max_blocks_per_request=0,
         allow_block_sharing=settings.prefix_sharing,
         scheduler_type="phi4",
@@ -1213,13 +1188,10 @@ def start_thread(manager: Any, deliver: Callable[[list[Any]], Any]) -> None:
         manager.start()
 
 
-def is_alive(manager: Any) -> bool:
-    """Whether the thread takes requests; it can run on for a while after that."""
-    return not manager.background_thread_status.can_accept_new_requests()
-
-
-def fatal_error(manager: Any) -> Exception | None:
-    return manager.background_thread_status.fatal_error
+def why_down(manager: Any) -> str:
+    """Why the thread takes no more requests; empty if it does."""
+    status = manager.background_thread_status
+    return str(status.fatal_error or status.can_accept_new_requests() or "")
 
 
 def steps_done(manager: Any) -> int:
@@ -1312,26 +1284,20 @@ class Runner(batching.model_runner.ModelRunner):
         for row, state in sampled.items():
             params: SamplingParams = state.logit_processor_kwargs["sampling"]
             table.append((row, params.temperature, params.top_p, params.top_k))
-            seeds.append(noise_seed(params.seed, state.position_offset))
+            # Nothing else in the batch has an influence, and the position is right
+            # after a preemption, too. A CPU's generator looks at 32 bits of its seed,
+            # so they are hashed.
+            text = b"%d %d" % (params.seed, state.position_offset)
+            seeds.append(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
         table = torch.tensor(table, dtype=torch.float64)
         if device.type == "cuda":  # from other memory a copy waits for the GPU
             table = table.pin_memory().to(device, non_blocking=True)
-        rows, temperature, top_p, top_k = table.unbind(1)
-        rows = rows.long()
+        rows, limits = table[:, 0].long(), table[:, 1:]
         logits = self.logits[rows]
         noise = torch.empty_like(logits)
         for line, seed in zip(noise, seeds, strict=True):
-            generator = torch.Generator(device).manual_seed(seed)
-            line.exponential_(generator=generator)
-        return rows, sample(logits, noise, temperature, top_p, top_k)
-
-
-def noise_seed(seed: int, position: int) -> int:
-    """The same request and position get the same noise whatever else is in the batch;
-    the position is right after a preemption, too. Hashed, because a CPU's generator
-    looks at 32 bits of its seed."""
-    pair = struct.pack("<qq", seed, position)
-    return int.from_bytes(hashlib.blake2b(pair, digest_size=7).digest())
+            line.exponential_(generator=torch.Generator(device).manual_seed(seed))
+        return rows, sample(logits, noise, *limits.split(1, dim=1))
 
 
 def sample(
@@ -1340,10 +1306,9 @@ def sample(
     """Draw a token for each row by the Gumbel-max trick: the largest of log-probability
     minus log of exponential noise is a draw from the softmax.
 
-    Logits and noise are (rows, vocabulary), the others (rows,). Returns (rows,). top_p
-    looks at the 1,024 likeliest tokens.
+    Logits and noise are (rows, vocabulary), the others (rows, 1). Returns (rows,).
+    top_p looks at the 1,024 likeliest tokens.
     """
-    temperature, top_p, top_k = temperature[:, None], top_p[:, None], top_k[:, None]
     logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
     top = logprobs.topk(min(1024, logits.shape[-1])).values  # no full sort
     mass_before = top.exp().cumsum(-1) - top.exp()
@@ -1351,8 +1316,7 @@ def sample(
     top_k = top_k.masked_fill(top_k == 0, torch.inf)
     kept = (mass_before < top_p.clamp(min=1e-6)) & (rank < top_k)
     threshold = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    limited = (top_p < 1) | (top_k < torch.inf)
-    dropped = (logprobs < threshold) & limited
+    dropped = (logprobs < threshold) & ((top_p < 1) | (top_k < torch.inf))
     return (logprobs - noise.log()).masked_fill(dropped, -torch.inf).argmax(-1)
 
 
@@ -1432,7 +1396,25 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
 class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     """Buffers of a step."""
 
-    shape: StepShape  # set by FlashRunner before the step's graph is looked up
+    min_kv_len = 0  # the warm-up pretends that so many tokens are cached
+
+    @property
+    def shape(self) -> StepShape:
+        num_tokens, max_seqlen_q = self.num_q_tokens, self.max_length_q
+        (max_seqlen_k,) = self.max_length_k.values()
+        if num_tokens > MAX_GRAPH_TOKENS:  # no graph: exactly this step's
+            (total_seqlen_k,) = self.total_seqlen_k.values()
+            nothing_cached = total_seqlen_k == self.total_seqlen_q
+            num_new_prompts = self.num_request_in_batch if nothing_cached else 0
+            return StepShape(num_tokens, max_seqlen_q, max_seqlen_k, num_new_prompts)
+        whole_table = self.block_table.shape[-1] * PAGE_SIZE
+        if max_seqlen_q > 1:
+            return StepShape(num_tokens, num_tokens, whole_table, 0)
+        near = max(max_seqlen_k, self.min_kv_len) <= SPLIT_KV_ABOVE
+        return StepShape(num_tokens, 1, SPLIT_KV_ABOVE if near else whole_table, 0)
+
+    def _get_graph_key(self) -> tuple[int, ...]:
+        return self.shape
 
     def prepare_batch_tensors(
         self, requests: list[Any], processors: Any, use_block_table: bool, *sizes: int
@@ -1442,15 +1424,11 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
         use_block_table = True
         super().prepare_batch_tensors(requests, processors, use_block_table, *sizes)
 
-    def _get_graph_key(self) -> tuple[int, ...]:
-        return self.shape
-
 
 class FlashRunner(Runner):
     """Runs steps in a few fixed shapes, all of them prepared by `warmup`."""
 
     compile_layers: bool  # set by install_patches
-    min_kv_len = 0  # warm-up: pretend so many cached tokens
     error: Exception | None = None  # of a step, for the warm-up
 
     @property
@@ -1460,24 +1438,8 @@ class FlashRunner(Runner):
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable, bool]:
         """What runs the step, and whether that is a CUDA graph."""
-        shape = self.device_ios.shape = self.choose_shape()
-        small = shape.num_tokens <= MAX_GRAPH_TOKENS
+        small = self.device_ios.shape.num_tokens <= MAX_GRAPH_TOKENS
         return self._forward_process_and_sample, small and self.use_cuda_graph_varlen
-
-    def choose_shape(self) -> StepShape:
-        host = self.host_ios
-        num_tokens, max_seqlen_q = host.num_q_tokens, host.max_length_q
-        (max_seqlen_k,) = host.max_length_k.values()
-        if num_tokens > MAX_GRAPH_TOKENS:  # no graph: exactly this step's
-            (total_seqlen_k,) = host.total_seqlen_k.values()
-            nothing_cached = total_seqlen_k == host.total_seqlen_q
-            num_new_prompts = len(host.requests_in_batch) if nothing_cached else 0
-            return StepShape(num_tokens, max_seqlen_q, max_seqlen_k, num_new_prompts)
-        whole_table = host.block_table.shape[-1] * PAGE_SIZE
-        if max_seqlen_q > 1:
-            return StepShape(num_tokens, num_tokens, whole_table, 0)
-        near = max(max_seqlen_k, self.min_kv_len) <= SPLIT_KV_ABOVE
-        return StepShape(num_tokens, 1, SPLIT_KV_ABOVE if near else whole_table, 0)
 
     def _forward_process_and_sample(
         self, model: nn.Module, batch_data: dict[str, Any], *token_ids: Tensor
@@ -1532,7 +1494,7 @@ class FlashRunner(Runner):
         for half in (1, 2):
             logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
             for num_tokens, past, min_kv_len in steps:
-                self.min_kv_len = min_kv_len
+                self.device_ios.min_kv_len = min_kv_len
                 # The search makes a single row's matmuls 7% faster, in 14 seconds.
                 search = {"coordinate_descent_tuning": num_tokens == 1}
                 with torch._inductor.config.patch(search):
@@ -1542,7 +1504,6 @@ class FlashRunner(Runner):
                     why = f"warm-up with {num_tokens} tokens failed: {cause!r}"
                     raise RuntimeError(why) from self.error
             self.inputs_and_outputs.swap_io_pairs()
-        self.min_kv_len = 0
         self.cache.reset()
 
     def steps_to_prepare(self) -> list[tuple[int, int | None, int]]:
@@ -1555,9 +1516,10 @@ class FlashRunner(Runner):
         prompts = [largest, *range(min(MAX_GRAPH_TOKENS, largest), 0, -GRAPH_STEP)]
         powers = {2**exponent for exponent in range(max_rows.bit_length())}
         decode = sorted({max_rows, *powers}, reverse=True)
-        far = [(rows, None, SPLIT_KV_ABOVE + 1) for rows in decode]
-        near = [(rows, None, 0) for rows in decode]
-        return [(tokens, 0, 0) for tokens in prompts] + far + near
+        steps = [(tokens, 0, 0) for tokens in prompts]
+        for min_kv_len in (SPLIT_KV_ABOVE + 1, 0):  # 0 is last, and stays
+            steps += [(rows, None, min_kv_len) for rows in decode]
+        return steps
 
 
 def can_compile() -> bool:
@@ -1671,7 +1633,8 @@ def ray_app(args: dict[str, Any]) -> Any:
     settings = Settings(**args)
     settings.model = settings.model.absolute()
     gpu = settings.device != "cpu" and not settings.demo
-    limits = settings.limits(gpu)
+    settings.resolve(gpu)
+    max_admitted = settings.max_in_flight + settings.max_waiting
     router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
     def replica() -> FastAPI:
@@ -1684,10 +1647,10 @@ def ray_app(args: dict[str, Any]) -> Any:
     return serve.deployment(
         serve.ingress(replica)(),
         ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
-        autoscaling_config=scale | {"target_ongoing_requests": limits.max_running},
+        autoscaling_config=scale | {"target_ongoing_requests": settings.max_in_flight},
         request_router_config={"request_router_class": router},
-        max_ongoing_requests=limits.max_admitted,
-        max_queued_requests=limits.max_admitted,
+        max_ongoing_requests=max_admitted,
+        max_queued_requests=max_admitted,
         backpressure_config={"retry_after_s": 1},
         graceful_shutdown_timeout_s=settings.drain_timeout + 5,
     ).bind()
