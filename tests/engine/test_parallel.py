@@ -153,11 +153,8 @@ def test_a_process_that_dies_takes_the_other_along(folder: Path, number: int) ->
 def test_a_failure_is_not_mended_on_one_gpu_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("a fault")
-
     with running(model=folder) as one:
         monkeypatch.setattr(api, "GPUS", 2)
-        monkeypatch.setattr(one.engine.manager.model, "forward", fail)
+        one.gate.fail()
         assert one.post().status_code == 503
         assert wait_until(lambda: one.ended) == [api.EXIT_ENGINE]
