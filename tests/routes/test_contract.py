@@ -66,7 +66,7 @@ def test_history_is_kept_and_used(server: Running) -> None:
 def test_template_and_tokens_are_phi4s(phi4_server: Running) -> None:
     ids = phi4_server.token_ids(api.ChatRequest(prompt="你好"))
     assert ids == [100264, 882, 100266, 57668, 53901, 100265, 100264, 78191, 100266]
-    assert phi4_server.manager.generation_config.eos_token_id == [100257, 100265]
+    assert phi4_server.generation_config.eos_token_id == [100257, 100265]
     response = phi4_server.post("你好", max_new_tokens=2)
     assert response.headers["X-Prompt-Tokens"] == str(len(ids))
 

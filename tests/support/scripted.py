@@ -48,5 +48,4 @@ def teach(monkeypatch: Any, served: Running, pieces: Sequence[bytes]) -> None:
     assert len(pieces) < LAST
     table = [*pieces, *[None] * (len(served.engine.token_bytes) - len(pieces))]
     monkeypatch.setattr(served.engine, "token_bytes", table)
-    config = served.manager.generation_config
-    monkeypatch.setattr(config, "eos_token_id", [len(pieces)])
+    monkeypatch.setattr(served.generation_config, "eos_token_id", [len(pieces)])

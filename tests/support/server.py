@@ -107,7 +107,6 @@ class Running:
     """A server in a thread of this process, over real sockets."""
 
     url: str
-    app: Any
     engine: api.Engine
     loop: asyncio.AbstractEventLoop
     ended: list[int]  # exit codes the engine wanted to end the process with
@@ -164,6 +163,10 @@ class Running:
     @property
     def model(self) -> Any:
         return self.manager.model
+
+    @property
+    def generation_config(self) -> Any:
+        return self.manager.generation_config
 
     @cached_property
     def gate(self) -> Gate:
@@ -291,7 +294,7 @@ def serving(wait: bool, options: dict[str, Any]) -> Iterator[Running]:
     thread.start()
     try:
         wait_until(lambda: server.started)
-        served = Running(f"http://127.0.0.1:{port}", app, engine, loops[0], ended)
+        served = Running(f"http://127.0.0.1:{port}", engine, loops[0], ended)
         if wait:
             wait_until(lambda: ended or is_ready(served.url))
         with served.clients:
