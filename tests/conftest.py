@@ -2,7 +2,7 @@
 """Fixtures: tiny models, and servers of them that tests share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import scripted
 import tiny
-from server import ROOT, Running, running
+from server import ROOT, Running, running, wait_until
 
 import model_download
 
@@ -57,3 +57,20 @@ def server(tiny_folder: Path) -> Iterator[Running]:
 def phi4_server(phi4_folder: Path) -> Iterator[Running]:
     with running(model=phi4_folder) as served:
         yield served
+
+
+@pytest.fixture(scope="session")
+def counting(counting_folder: Path) -> Iterator[Running]:
+    """A server of that model, for `say`."""
+    with running(model=counting_folder, served_model_name="phi-4") as served:
+        yield served
+
+
+@pytest.fixture
+def say(
+    counting: Running, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., None]]:
+    """A function that sets what `counting` answers, one piece of text per token."""
+    yield lambda *pieces: scripted.teach(monkeypatch, counting, pieces)
+    counting.gate.allow()
+    wait_until(counting.idle)  # before the pieces are taken away

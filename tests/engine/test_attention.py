@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The GPU's attention on a CPU: every path of it, with the kernel replaced by a
-reference that refuses what the kernel would get wrong."""
+"""The GPU's attention, every path of it, on a CPU with a reference for the kernel."""
 
 import contextlib
-import logging
 import random
 import time
 from collections.abc import Iterator
@@ -50,7 +48,8 @@ def reference(
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """`varlen_attn`, row by row; NaN where nothing is attended."""
+    """`varlen_attn`, row by row; NaN where nothing is attended. Refuses what the kernel
+    would get wrong."""
     PATHS.add((max_q == 1, block_table is not None, num_splits))
     out = torch.full_like(query, torch.nan)
     for row in range(len(cu_seq_q) - 1):
@@ -338,6 +337,3 @@ def test_compiling_needs_all_of_its_tools(monkeypatch: pytest.MonkeyPatch) -> No
             assert not api.can_compile()
     monkeypatch.setattr(api.Path, "exists", lambda path: False)
     assert not api.can_compile()
-
-
-logging.getLogger("phi4").propagate = True

@@ -2,13 +2,13 @@
 """Several GPUs, played by two CPU processes under torchrun: one process's answers."""
 
 import contextlib
-import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import net
 import psutil
 import pytest
 import requests
@@ -132,8 +132,8 @@ def test_leaving_finishes_answers_and_ends_all(
         _, pieces = begin(server, LONG)
         (server if whom == "all" else server.parts[whom]).send_signal(number)
         wait_until(lambda: "leaving: 1 requests" in server.log())
-        last = b"".join(pieces).decode().split("\n\n")[-2]
-        assert "history" in json.loads(last.removeprefix("data: "))
+        _, last = net.told(b"".join(pieces))
+        assert "history" in last
         assert server.wait(DEADLINE) == code
         assert gone(server)
         assert server.log().count("Traceback") == code  # torchrun's own
@@ -153,11 +153,8 @@ def test_a_process_that_dies_takes_the_other_along(folder: Path, number: int) ->
 def test_a_failure_is_not_mended_on_one_gpu_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("a fault")
-
     with running(model=folder) as one:
         monkeypatch.setattr(api, "GPUS", 2)
-        monkeypatch.setattr(one.engine.manager.model, "forward", fail)
+        one.gate.fail()
         assert one.post().status_code == 503
         assert wait_until(lambda: one.ended) == [api.EXIT_ENGINE]

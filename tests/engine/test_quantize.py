@@ -18,9 +18,9 @@ def test_served_with_fewer_bits(
     tiny_folder: Path, kind: str, stored: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running(model=tiny_folder, quantize=kind, dtype="bfloat16") as served:
-        model = served.engine.manager.model
-        layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-        assert layers and all(m.weight.dtype == stored for m in layers)
+        modules = served.model.model.layers.modules()
+        layers = [each for each in modules if isinstance(each, nn.Linear)]
+        assert layers and all(each.weight.dtype == stored for each in layers)
         asked = [served.post(prompt=f"{n}", max_new_tokens=8) for n in range(4)]
         assert [each.status_code for each in asked] == [200] * 4
         again = served.post(prompt="0", max_new_tokens=8).json()

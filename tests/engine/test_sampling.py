@@ -3,7 +3,6 @@
 
 import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,7 +10,6 @@ from unittest import mock
 import clients
 import pytest
 import requests
-import scripted
 import torch
 from server import running, wait_until
 from transformers.generation.continuous_batching.model_runner import ModelRunner
@@ -201,23 +199,17 @@ def test_without_a_seed_every_request_has_its_own():
 
 
 def test_same_seed_same_answer_and_another_seed_another(server):
-    said = [
-        server.post("tell me", seed=seed, **SAMPLED).json()["response"]
-        for seed in (1, 1, 2, 3)
-    ]
+    said = [server.answer("tell me", seed=seed, **SAMPLED) for seed in (1, 1, 2, 3)]
     assert said[0] == said[1]
     assert len(set(said)) == 3
-    free = {server.post("tell me", **SAMPLED).json()["response"] for _ in range(3)}
+    free = {server.answer("tell me", **SAMPLED) for _ in range(3)}
     assert len(free) == 3
-    greedy = {
-        server.post("tell me", seed=seed, max_new_tokens=48).json()["response"]
-        for seed in (1, 2)
-    }
+    greedy = {server.answer("tell me", seed=n, max_new_tokens=48) for n in (1, 2)}
     assert len(greedy) == 1
 
 
 def test_both_routes_draw_alike(server):
-    plain = server.post("tell me", seed=5, **SAMPLED).json()["response"]
+    plain = server.answer("tell me", seed=5, **SAMPLED)
     messages = [{"role": "user", "content": "tell me"}]
     body = {"messages": messages, "temperature": 1.0, "max_tokens": 48, "seed": 5}
     openai = server.post(path="/v1/chat/completions", **body).json()
@@ -232,64 +224,41 @@ def test_a_seed_survives_company_preemption_and_prefix_sharing(
         {"prompt": "a prompt that all of them share, " + str(n), "seed": n, **SAMPLED}
         for n in range(16)
     ]
-    alone = [server.post(**body).json()["response"] for body in asked]
+    alone = [server.answer(**body) for body in asked]
     assert len(set(alone)) == 16
     # Room for four of them: the others are thrown out of the cache and come again.
     with running(model=tiny_folder, cache_tokens=512, prefix_sharing=sharing) as small:
-        manager = small.engine.manager.batch_processor.offloading_manager
-        thrown = spy(monkeypatch, manager, "offload_requests")
-        with ThreadPoolExecutor(16) as pool:
-            together = list(pool.map(lambda body: small.post(**body), asked))
-        assert [response.json()["response"] for response in together] == alone
-        assert thrown
+        thrown = small.spy(monkeypatch, "offload_requests")
+        together = [small.submit(**body) for body in asked]
+        assert [each.result().json()["response"] for each in together] == alone
+        assert any(done for _, done in thrown)
         wait_until(small.idle)
-
-
-def spy(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
-    """The results of calls that did something, as they are made."""
-    results, method = [], getattr(owner, name)
-
-    def call(*given: Any, **named: Any) -> Any:
-        result = method(*given, **named)
-        results.extend([result] if result else [])
-        return result
-
-    monkeypatch.setattr(owner, name, call)
-    return results
 
 
 def test_greedy_answers_are_the_same_beside_sampled_ones_and_cancels(tiny_folder):
     with running(model=tiny_folder, max_in_flight=16, max_waiting=100) as served:
         before = clients.answers(served)
-        with ThreadPoolExecutor(10) as pool:
-            sampled = [
-                pool.submit(served.post, f"sampled {n}", seed=n, top_p=0.9, **SAMPLED)
-                for n in range(8)
-            ]
-            leaving = pool.submit(clients.leave, served, 6)
-            assert clients.answers(served) == before
-            assert all(one.result().status_code == 200 for one in sampled)
-            assert leaving.result()
+        sampled = [
+            served.submit(f"sampled {n}", seed=n, top_p=0.9, **SAMPLED)
+            for n in range(8)
+        ]
+        leaving = served.clients.submit(clients.leave, served, 6)
+        assert clients.answers(served) == before
+        assert all(one.result().status_code == 200 for one in sampled)
+        assert leaving.result()
 
 
 def test_greedy_answers_are_the_same_in_one_batch_with_sampled_ones(tiny_folder):
     """All of them in the same forward passes, which the test above leaves to chance."""
-    with (
-        running(model=tiny_folder, max_in_flight=20) as served,
-        ThreadPoolExecutor(9) as pool,
-        scripted.Gate(served.engine) as gate,
-    ):
-        alone = clients.answers(served)
-        gate.allow(0)
-        beside = pool.submit(clients.answers, served)
-        sampled = [
-            pool.submit(served.post, f"sampled {n}", seed=n, **SAMPLED)
-            for n in range(8)
-        ]
-        wait_until(lambda: len(served.engine.pending) == 20)
+    with running(model=tiny_folder, max_in_flight=20) as served:
+        alone, gate = clients.answers(served), served.gate
+        gate.close()
+        beside = served.clients.submit(clients.answers, served)
+        sampled = [served.submit(f"sampled {n}", seed=n, **SAMPLED) for n in range(8)]
+        served.wait_pending(20)
         gate.allow(8)  # every prompt is read, and none of the 40 tokens far
-        wait_until(lambda: gate.left == 0)
-        states = [*clients.scheduled(served).values()]
+        wait_until(lambda: gate.held)
+        states = [*served.scheduled.values()]
         assert len([each for each in states if each.generated_tokens]) == 20
         gate.allow()
         assert beside.result() == alone

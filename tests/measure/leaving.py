@@ -13,26 +13,16 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import _setup  # noqa: F401
 import requests
 import tiny
-from server import spawned, wait_until
+from server import begin, spawned, wait_until
 
 ENDLESS = 15000  # tokens; minutes
-
-
-@contextlib.contextmanager
-def answering(server: Any) -> Iterator[Iterator[bytes]]:
-    """The pieces of an answer, in the middle of which the signal comes."""
-    body = {"prompt": "x", "max_new_tokens": ENDLESS, "stream": True}
-    with requests.post(server.url, json=body, stream=True, timeout=120) as answer:
-        pieces = answer.iter_content(None)
-        next(pieces)
-        yield pieces
 
 
 def refused(server: Any) -> bool:
@@ -49,10 +39,12 @@ def ended(server: Any, code: int) -> None:
 
 
 def health_turns(server: Any) -> float:
-    with answering(server):
-        started = signalled(server, signal.SIGTERM)
-        wait_until(lambda: refused(server))
-        return time.monotonic() - started
+    _, pieces = begin(server.url, ENDLESS)
+    started = signalled(server, signal.SIGTERM)
+    wait_until(lambda: refused(server))
+    seconds = time.monotonic() - started
+    pieces.close()  # held until here: a client that leaves is not waited for
+    return seconds
 
 
 def idle_ends(server: Any) -> float:
@@ -62,21 +54,23 @@ def idle_ends(server: Any) -> float:
 
 
 def second_ends(server: Any) -> float:
-    with answering(server):
-        signalled(server, signal.SIGTERM)
-        wait_until(lambda: refused(server))
-        started = signalled(server, signal.SIGTERM)
-        ended(server, 128 + signal.SIGTERM)
-        return time.monotonic() - started
+    _, pieces = begin(server.url, ENDLESS)
+    signalled(server, signal.SIGTERM)
+    wait_until(lambda: refused(server))
+    started = signalled(server, signal.SIGTERM)
+    ended(server, 128 + signal.SIGTERM)
+    seconds = time.monotonic() - started
+    pieces.close()
+    return seconds
 
 
 def drained_ends(server: Any) -> float:
-    with answering(server) as pieces:
-        started = signalled(server, signal.SIGTERM)
-        with contextlib.suppress(requests.RequestException):
-            list(pieces)  # to where it is cut
-        ended(server, 0)
-        return time.monotonic() - started
+    _, pieces = begin(server.url, ENDLESS)
+    started = signalled(server, signal.SIGTERM)
+    with contextlib.suppress(requests.RequestException):
+        list(pieces)  # to where it is cut
+    ended(server, 0)
+    return time.monotonic() - started
 
 
 CASES: dict[str, tuple[Callable[[Any], float], tuple[str, ...]]] = {

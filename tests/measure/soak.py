@@ -272,16 +272,16 @@ class Soak:
     def read_stream(self, path: str, data: bytes) -> tuple[str, bool]:
         """The text so far of server-sent events, and whether their end is there."""
         text, ended = "", False
-        for event in data.decode().split("\n\n")[:-1]:
-            if event == "data: [DONE]":
-                ended = True
+        for event, line in net.events(data):
+            if not self.check(
+                event == "message", f"{event or 'comment'}: {line[:200]}"
+            ):
                 continue
-            if not self.check(event.startswith("data: "), f"event: {event[:200]}"):
-                continue
-            message = json.loads(event.removeprefix("data: "))
+            message = {} if line == "[DONE]" else json.loads(line)
             if path != "/":
-                for choice in message["choices"]:
+                for choice in message.get("choices", ()):
                     text += choice["delta"].get("content", "")
+                ended = ended or not message
             elif "delta" in message:
                 text += message["delta"]
             else:
@@ -363,13 +363,13 @@ class Soak:
 
 @contextlib.contextmanager
 def served(folder: Path, args: Any) -> Iterator[tuple[int, int, Any]]:
-    """The port, process id and, if it is in this process, engine of a server."""
+    """The port, process id and, if it is in this process, the server itself."""
     if args.inside or args.overlapped:
         with (
             overlap.overlapped(args.overlapped),
             running(model=folder, **SERVER) as server,
         ):
-            yield int(server.url.rsplit(":", 1)[1]), os.getpid(), server
+            yield net.port_of(server.url), os.getpid(), server
     else:
         options = [
             part
@@ -378,16 +378,6 @@ def served(folder: Path, args: Any) -> Iterator[tuple[int, int, Any]]:
         ]
         with spawned("--model", str(folder), *options) as process:
             yield process.port, process.pid, None
-
-
-def free_cache(engine: Any) -> int:
-    """Bytes of the cache that no request holds, shareable beginnings included."""
-    cache = engine.manager.batch_processor.cache
-    kept = (
-        len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
-        for allocator in cache.cache_allocators.values()
-    )
-    return cache.compute_free_capacity(relative=False) + sum(kept)
 
 
 async def watch(soak: Soak, pid: int, memory: list[tuple[int, int]]) -> None:
@@ -444,11 +434,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
         tiny.tiny_model(folder, context=CONTEXT, eos="natural", seed=3)
         refs = references(folder)
         with served(folder, args) as (port, pid, server):
-            free_at_first = free_cache(server.engine) if server else 0
+            free_at_first = server.free_cache() if server else 0
             soak, figures = asyncio.run(measure(port, pid, refs, args))
             if server:
                 wait_until(server.idle)
-                lost = free_at_first - free_cache(server.engine)
+                lost = free_at_first - server.free_cache()
                 figures["cache lost, bytes"] = lost
                 soak.check(lost == 0, "the cache is not free")
     steady = figures["memory growth, second half, %"] < 5

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The contract through Ray Serve, on a real cluster of two nodes, started as README.md
-says. Ray listens on all addresses, so they are in a network namespace that has only
-loopback; they are reached through a socket that listens out here (ray_inside.py).
-"""
+"""The contract through Ray Serve, on a cluster of two nodes started as README.md says."""
 
 import contextlib
 import http.client
@@ -39,7 +36,9 @@ DRAINED = 3000  # tokens that take longer than Ray needs to begin with its end
 
 
 class Cluster:
-    """A replica with one place, on two nodes."""
+    """A replica with one place, on two nodes. Ray listens on all addresses, so it is in a
+    network namespace that has only loopback, and is reached through a socket that
+    listens out here (ray_inside.py)."""
 
     def __init__(self, url: str, process: Any, logs: Path) -> None:
         self.url, self.process, self.logs = url, process, logs

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Leaving: the signals, what clients see meanwhile, and what a kill leaves behind."""
+"""Leaving: signals, what clients see meanwhile, and what a kill leaves behind."""
 
 import contextlib
-import json
 import signal
-import socket
 from pathlib import Path
 
+import net
 import pytest
 import requests
 import tiny
-from server import spawned, wait_until
+from server import begin, is_ready, spawned, wait_until
 
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--max-in-flight", "1")
 LONG, ENDLESS = 1000, 15000  # tokens: seconds; minutes
@@ -32,14 +31,6 @@ def start(folder):
         )
 
 
-def begin(server, limit, session=requests):
-    """A stream whose first piece has come; its pieces."""
-    body = {"prompt": "x", "max_new_tokens": limit, "stream": True}
-    answer = session.post(server.url, json=body, stream=True, timeout=120)
-    pieces = answer.iter_content(None)
-    return next(pieces), pieces
-
-
 def health(server):
     return requests.get(server.url + "/health", timeout=60)
 
@@ -53,14 +44,12 @@ def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
     server = start("--drain-timeout", "600")
     with (
         requests.Session() as kept,
-        socket.create_connection(("127.0.0.1", server.port), timeout=60) as queued,
+        net.connect(server.url) as queued,
     ):
         assert kept.get(server.url + "/health").status_code == 200
-        first, pieces = begin(server, LONG)
-        body = json.dumps({"prompt": "y", "max_new_tokens": 3}).encode()
-        head = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
-        head += "Content-Type: application/json\r\nConnection: close\r\n\r\n"
-        queued.sendall(head.encode() + body)  # the only place is taken: it waits
+        first, pieces = begin(server.url, LONG)
+        queued.sendall(net.packet(body={"prompt": "y", "max_new_tokens": 3}))
+        # The only place is taken: it waits.
         wait_until(lambda: "phi4_requests_waiting 1.0" in metrics(server))
         server.send_signal(number)
         wait_until(lambda: "leaving" in server.log())
@@ -71,12 +60,9 @@ def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
             answer = session.post(server.url, json={"prompt": "z"}, timeout=60)
             assert answer.status_code == 503
             assert answer.headers["Retry-After"]
-        last = (first + b"".join(pieces)).decode().split("\n\n")[-2]
-        assert "history" in json.loads(last.removeprefix("data: "))
-        received = b""
-        while piece := queued.recv(65536):
-            received += piece
-        assert received.startswith(b"HTTP/1.1 200")
+        _, last = net.told(first + b"".join(pieces))
+        assert list(last) == ["response", "history", "status", "time"]
+        assert net.rest(queued).startswith(b"HTTP/1.1 200")
     assert server.wait(60) == 0
     assert "Traceback" not in server.log()
 
@@ -84,7 +70,9 @@ def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(start, number):
     server = start()
-    _, pieces = begin(server, ENDLESS)  # held: a client that leaves is not waited for
+    _, pieces = begin(
+        server.url, ENDLESS
+    )  # held: a client that leaves is not waited for
     server.send_signal(number)
     wait_until(lambda: health(server).status_code == 503)
     server.send_signal(number)
@@ -95,7 +83,7 @@ def test_a_second_signal_ends_at_once(start, number):
 
 def test_no_answer_is_waited_for_longer_than_the_drain_timeout(start):
     server = start("--drain-timeout", "0.5")
-    first, pieces = begin(server, ENDLESS)
+    first, pieces = begin(server.url, ENDLESS)
     server.send_signal(signal.SIGTERM)
     with contextlib.suppress(requests.exceptions.ChunkedEncodingError):
         first += b"".join(pieces)
@@ -106,13 +94,25 @@ def test_no_answer_is_waited_for_longer_than_the_drain_timeout(start):
 
 def test_an_idle_server_leaves_although_connections_are_open(start):
     server = start()
-    with socket.create_connection(("127.0.0.1", server.port)) as idle:
-        idle.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
-        with requests.Session() as kept:
-            kept.get(server.url + "/health")
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(60) == 0
+    half = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+    with net.connect(server.url, half), requests.Session() as kept:
+        kept.get(server.url + "/health")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
     assert "Traceback" not in server.log()
+
+
+LINGERS = """
+import threading
+threading.Thread(target=threading.Event().wait).start()
+"""
+
+
+def test_leaving_does_not_wait_for_a_thread_that_hangs(start, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(LINGERS)  # Python runs it at its start
+    server = start(PYTHONPATH=str(tmp_path))
+    server.terminate()
+    assert server.wait(60) == 0
 
 
 def files(folder: Path):
@@ -125,19 +125,14 @@ def test_after_a_kill_the_next_start_is_ready_and_nothing_is_left(
     before = files(folder)
     places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
     server = start(**places)
-    _, pieces = begin(server, ENDLESS)
+    _, pieces = begin(server.url, ENDLESS)
     server.kill()
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         b"".join(pieces)
     assert server.wait(60) == -signal.SIGKILL
     # The same port, at once.
     start("--port", str(server.port), wait=False, **places)
-
-    def ready():
-        with contextlib.suppress(requests.ConnectionError):
-            return health(server).ok
-
-    wait_until(ready, 120)
+    wait_until(lambda: is_ready(server.url), 120)
     body = {"prompt": "x", "max_new_tokens": 2}
     assert requests.post(server.url, json=body, timeout=60).ok
     assert files(folder) == before

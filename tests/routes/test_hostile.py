@@ -5,9 +5,9 @@ import contextlib
 import gzip
 import json
 import random
-import socket
 import zlib
 
+import net
 import pydantic
 import pytest
 import requests
@@ -72,16 +72,8 @@ DISGUISES = {
 @pytest.fixture(scope="module")
 def special(phi4_server):
     """phi-4's control tokens: id to text."""
-    added = phi4_server.engine.tokenizer.added_tokens_decoder
+    added = phi4_server.tokenizer.added_tokens_decoder
     return {index: token.content for index, token in added.items()}
-
-
-def tokens(engine, body, protected=True):
-    if protected:
-        return engine.template(body.turns())
-    messages = [each.model_dump() for each in body.turns()]
-    template = engine.tokenizer.apply_chat_template
-    return template(messages, add_generation_prompt=True)["input_ids"]
 
 
 def control(special, ids):
@@ -94,11 +86,11 @@ def test_phi4_has_96_control_tokens(special):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_no_text_becomes_a_control_token(phi4_server, special, place):
-    harmless = tokens(phi4_server.engine, PLACES[place]("nothing to see here"))
+    harmless = phi4_server.token_ids(PLACES[place]("nothing to see here"))
     written = control(special, harmless)
     for name, disguise in DISGUISES.items():
         for token in special.values():
-            ids = tokens(phi4_server.engine, PLACES[place](disguise(token)))
+            ids = phi4_server.token_ids(PLACES[place](disguise(token)))
             assert control(special, ids) == written, (name, token)
 
 
@@ -107,27 +99,24 @@ def test_without_the_protection_text_does_become_control_tokens(
     phi4_server, special, place
 ):
     """Or the test above would prove nothing."""
-    harmless = tokens(phi4_server.engine, PLACES[place]("nothing to see here"))
+    harmless = phi4_server.token_ids(PLACES[place]("nothing to see here"))
     for token in special.values():
         text = DISGUISES["nested"](token)
         if place == "text parts":
             text = token
-        forged = tokens(phi4_server.engine, PLACES[place](text), protected=False)
+        forged = phi4_server.token_ids(PLACES[place](text), protected=False)
         assert len(control(special, forged)) > len(control(special, harmless)), token
 
 
 @pytest.fixture
 def submitted(phi4_server, monkeypatch):
-    """The token ids of the requests that reach the engine."""
-    seen, manager = [], phi4_server.engine.manager
-    add = manager.add_request
+    """The requests that reach the engine; see `ids_of`."""
+    return phi4_server.spy(monkeypatch, "add_request")
 
-    def spy(ids, *rest, **options):
-        seen.append(ids)
-        return add(ids, *rest, **options)
 
-    monkeypatch.setattr(manager, "add_request", spy)
-    return seen
+def ids_of(submitted):
+    """The token ids of their prompts."""
+    return [args[0] for args, _ in submitted]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -139,7 +128,7 @@ def test_the_server_protects_every_place(phi4_server, special, submitted, place)
         sent = body.model_dump(exclude_none=True) | {limit: 1}
         response = requests.post(phi4_server.url + path, json=sent, timeout=60)
         assert response.status_code == 200
-    harmless, forged = submitted
+    harmless, forged = ids_of(submitted)
     assert control(special, forged) == control(special, harmless)
     assert len(forged) > len(harmless)
 
@@ -149,7 +138,8 @@ def test_stop_strings_never_reach_the_tokenizer(phi4_server, submitted, disguise
     stops = [DISGUISES[disguise](f"<|{name}|>") for name in ("im_end", "im_start")]
     for more in ({}, {"stop": stops}, {"stop": stops[0]}):
         assert phi4_server.post("hello", max_new_tokens=1, **more).status_code == 200
-    assert submitted[0] == submitted[1] == submitted[2]
+    first, *others = ids_of(submitted)
+    assert others == [first, first]
 
 
 def ordinary_texts():
@@ -187,8 +177,8 @@ def test_ordinary_text_is_tokenised_as_without_the_protection(phi4_server):
     assert len(texts) > 250
     for text in texts:
         for body in (from_prompt(text), from_history("assistant")(text)):
-            unprotected = tokens(phi4_server.engine, body, protected=False)
-            assert tokens(phi4_server.engine, body) == unprotected, text
+            unprotected = phi4_server.token_ids(body, protected=False)
+            assert phi4_server.token_ids(body) == unprotected, text
 
 
 # ------------------------------------------------------------------------------
@@ -207,6 +197,11 @@ def both(text):
         text,
         text,
     )
+
+
+def turns(one):
+    """A body whose conversation is this one turn, which neither route would take."""
+    return fields(history=[one], messages=[one])
 
 
 BAD_JSON = {
@@ -244,6 +239,33 @@ BAD_JSON = {
     "many stream options": fields(
         n=2, stream_options={f"{n}": 0 for n in range(70_000)}
     ),
+    "half JSON": b'{"prompt": "a"',
+    "not JSON at all": b"prompt=hello",
+    "a string": b'"hello"',
+    "null": b"null",
+    "no field": b"{}",
+    "deep arrays, whole": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "an empty prompt": fields(prompt="", messages=[]),
+    "null for a prompt": fields(prompt=None, messages=None),
+    "a number for a prompt": fields(prompt=5, messages=5),
+    "NaN for a prompt": fields(prompt=float("nan"), messages=float("nan")),
+    "1e999 for a prompt": both(b"1e999"),
+    "a list for a prompt": fields(prompt=["a"], messages=["a"]),
+    "text for a history": fields(history="b", messages="b"),
+    "null for a history": fields(history=None, messages=None),
+    "turns of text": fields(history=["b"], messages=["b"]),
+    "a turn without role": turns({"content": "b"}),
+    "a turn without content": turns({"role": "user"}),
+    "null for a content": turns(turn("user", None)),
+    "an unknown role": turns(turn("tool", "b")),
+    "a role in capitals": turns(turn("User", "")),
+    "a lone surrogate in a turn": turns(turn("user", "\udfff")),
+    "text for a limit": fields(max_new_tokens="5", max_tokens="5"),
+    "true for a limit": fields(max_new_tokens=True, max_tokens=True),
+    "a limit of 0": fields(max_new_tokens=0, max_tokens=0),
+    "a limit below 0": fields(max_new_tokens=-1, max_tokens=-1),
+    "half a token": fields(max_new_tokens=1.5, max_tokens=1.5),
+    "an infinite limit": fields(max_new_tokens=float("inf"), max_tokens=float("inf")),
     "a UTF-16 body": json.dumps({"a": "b"}).encode("utf-16"),
     "a byte order mark": b"\xef\xbb\xbf{}",
     "gzip": gzip.compress(fields()),
@@ -291,17 +313,6 @@ def test_of_a_field_given_twice_the_last_counts(server, path):
 # ------------------------------------------------------------------------------
 
 
-def exchange(server, data):
-    """What comes back for raw bytes until the server closes or two seconds pass."""
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=2) as connection:
-        connection.sendall(data)
-        received = b""
-        while piece := connection.recv(65536):
-            received += piece
-        return received
-
-
 CLOSE = b"Host: a\r\nConnection: close\r\n"
 GET = b"GET /health HTTP/1.1\r\n" + CLOSE
 POST = b"POST / HTTP/1.1\r\n" + CLOSE
@@ -339,7 +350,7 @@ BAD_HTTP = {
 
 @pytest.mark.parametrize("name", BAD_HTTP)
 def test_broken_http_is_refused(server, name):
-    answer = exchange(server, BAD_HTTP[name])
+    answer = net.exchanged(server.url, BAD_HTTP[name])
     # uvicorn's own 400; some bytes do not even look like a request.
     assert answer.startswith(b"HTTP/1.1 4"), answer
     assert answer.count(b"HTTP/1.1 ") == 1  # what follows is not read as a request
@@ -351,7 +362,7 @@ def test_a_body_is_not_read_as_the_next_request(server, method):
     inner = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
     outer = method + b" /health HTTP/1.1\r\nHost: a\r\n"
     outer += b"Content-Length: %d\r\n\r\n" % len(inner)
-    answer = exchange(server, outer + inner + GET + b"\r\n")
+    answer = net.exchanged(server.url, outer + inner + GET + b"\r\n")
     assert answer.count(b"HTTP/1.1 ") == 2 and b" 404 " not in answer
     assert answer.count(b"HTTP/1.1 200") == 1 + (method == b"GET")
 
@@ -364,7 +375,7 @@ def test_a_length_beside_chunks_ends_the_connection(server, first):
     head = b"POST / HTTP/1.1\r\nHost: a\r\n" + b"".join(
         both if first == "length" else both[::-1]
     )
-    answer = exchange(server, head + b"\r\n0\r\n\r\n" + GET + b"\r\n")
+    answer = net.exchanged(server.url, head + b"\r\n0\r\n\r\n" + GET + b"\r\n")
     assert answer.count(b"HTTP/1.1 ") == 1
     assert answer.startswith(b"HTTP/1.1 4")
 
@@ -373,12 +384,10 @@ def test_a_length_beside_chunks_ends_the_connection(server, first):
 def test_an_endless_head_is_cut_off(server, endless):
     """It is given up after some kilobytes, so it cannot fill the memory."""
     piece, sent = (endless * 2**16)[: 2**16], 0
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(GET + b"X-B: ")
-        with contextlib.suppress(ConnectionError):
-            while sent < 2**26:
-                sent += connection.send(piece)
+    connection = net.connect(server.url, GET + b"X-B: ")
+    with connection, contextlib.suppress(ConnectionError):
+        while sent < 2**26:
+            sent += connection.send(piece)
     assert sent < 2**24  # most of it only reached the sockets' buffers
     assert server.post(max_new_tokens=1).status_code == 200
 
@@ -401,7 +410,7 @@ STRANGE_HTTP = {
 
 @pytest.mark.parametrize("name", STRANGE_HTTP)
 def test_strange_http_is_the_clients_error(server, name):
-    answer = exchange(server, STRANGE_HTTP[name])
+    answer = net.exchanged(server.url, STRANGE_HTTP[name])
     assert answer.startswith(b"HTTP/1.1 4"), answer
     assert server.post(max_new_tokens=1).status_code == 200
 

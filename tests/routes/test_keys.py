@@ -6,6 +6,7 @@ import secrets
 
 import pytest
 import requests
+from net import free_port
 from server import running, spawned, wait_until
 
 import api
@@ -83,15 +84,6 @@ def test_every_key_opens_every_route(locked, method, path, body, key, scheme):
 @pytest.mark.parametrize("path", OPEN)
 def test_pages_without_model_data_stay_open(locked, path):
     assert ask(locked, "GET", path).status_code == 200
-
-
-def test_everything_else_in_the_schema_declares_the_key(locked):
-    schema = ask(locked, "GET", "/openapi.json").json()
-    schemes = schema["components"]["securitySchemes"]
-    assert schemes["HTTPBearer"] == {"type": "http", "scheme": "bearer"}
-    for path, methods in schema["paths"].items():
-        for operation in methods.values():
-            assert ("security" in operation) == (path not in OPEN), path
 
 
 def test_keys_are_compared_in_constant_time(locked, monkeypatch):
@@ -213,7 +205,7 @@ def test_an_open_port_is_warned_about(
 ):
     monkeypatch.setattr(api.Server, "run", lambda self, sockets: sockets[0].close())
     command = ["api.py", "--model", str(tiny_folder), "--device", "cpu", *options]
-    monkeypatch.setattr("sys.argv", [*command, "--port", "6996"])
+    monkeypatch.setattr("sys.argv", [*command, "--port", str(free_port())])
     assert api.main() == 0
     lines = [r for r in caplog.records if "no API key" in r.getMessage()]
     assert len(lines) == warned

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """GET /metrics, and pages of other origins."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import requests
-import scripted
 from net import DEADLINE
 from prometheus_client.parser import text_string_to_metric_families
-from server import Running, running, wait_until
+from server import Running, narrow, running, wait_until
 
 
 def figures(server: Running) -> dict[tuple[str, ...], float]:
@@ -50,11 +49,7 @@ def test_requests_and_tokens_are_counted(server: Running) -> None:
 
 def test_gauges_show_what_is_in_hand(tiny_folder: Path) -> None:
     names = "requests_in_flight", "requests_waiting", "cache_usage_ratio"
-    with (
-        running(model=tiny_folder, max_in_flight=2, max_waiting=5) as served,
-        ThreadPoolExecutor(3) as clients,
-        scripted.Gate(served.engine) as gate,
-    ):
+    with narrow(tiny_folder) as served:
 
         def gauges() -> list[float]:
             now = figures(served)
@@ -62,17 +57,14 @@ def test_gauges_show_what_is_in_hand(tiny_folder: Path) -> None:
 
         *none, idle = gauges()
         assert none == [0, 0] and 0 <= idle < 0.01
-        gate.allow(2)
-        asked = [
-            clients.submit(served.post, f"{n}" * 300, max_new_tokens=9)
-            for n in range(3)
-        ]
-        wait_until(lambda: len(served.engine.pending) == 3)
-        wait_until(lambda: gate.left == 0)
+        served.gate.allow(2)
+        asked = [served.submit(f"{n}" * 300, max_new_tokens=9) for n in range(3)]
+        served.wait_pending(3)
+        wait_until(lambda: served.gate.held)
         *some, used = gauges()
         assert some == [2, 1]
         assert idle + 0.01 < used < 0.1  # 300 to 700 tokens of 16384
-        gate.allow()
+        served.gate.allow()
         assert all(each.result().ok for each in asked)
         wait_until(served.idle)
         assert gauges() == [0, 0, idle]  # what is kept for sharing can be given up
@@ -112,11 +104,11 @@ def test_the_origins_of_the_setting_may_ask(tiny_folder: Path) -> None:
             for answer in (allowed, answered, refused):
                 assert answer.headers["Access-Control-Allow-Origin"] == origin
                 assert "Access-Control-Allow-Credentials" not in answer.headers
-        served.engine.template = None  # so that it fails
-        failed = ask(served, origin, "k")
+        with pytest.MonkeyPatch.context() as patch:
+            served.replace(patch, "template", None)  # so that it fails
+            failed = ask(served, origin, "k")
         assert failed.status_code == 500
         assert failed.headers["Access-Control-Allow-Origin"] == origin
-        del served.engine.template
         for origin in ("https://c.example", "https://a.example.evil", "null"):
             for answer in (preflight(served, origin), ask(served, origin, "k")):
                 assert "Access-Control-Allow-Origin" not in answer.headers

@@ -4,8 +4,6 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import net
@@ -16,27 +14,11 @@ import scripted
 from net import DEADLINE
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from server import Running, running, wait_until
+from server import Running, narrow, running
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 PATH = "/v1/chat/completions"
 MODEL = "gpt-4o"  # what existing programs ask for
-
-
-@pytest.fixture(scope="module")
-def counting(counting_folder: Path) -> Iterator[Running]:
-    options = {"model": counting_folder, "served_model_name": "phi-4"}
-    with running(**options) as served, scripted.Gate(served.engine) as gate:
-        served.gate = gate
-        yield served
-
-
-@pytest.fixture
-def say(counting: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that sets what the server answers, one piece per token."""
-    yield lambda *pieces: scripted.teach(monkeypatch, counting.engine, pieces)
-    counting.gate.allow()
-    wait_until(counting.idle)  # before the pieces are taken away
 
 
 @pytest.fixture
@@ -163,14 +145,7 @@ def test_finish_reasons(say, client, field):
 
 def test_every_kind_of_message_reaches_the_template(counting, say, monkeypatch):
     say(b"x")
-    seen = []
-    template = counting.engine.template
-
-    def note(turns, *short):
-        seen.append(turns)
-        return template(turns, *short)
-
-    monkeypatch.setattr(counting.engine, "template", note)
+    templated = counting.spy(monkeypatch, "template")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief"},
@@ -181,8 +156,8 @@ def test_every_kind_of_message_reaches_the_template(counting, say, monkeypatch):
     assert ask(counting, messages=messages).status_code == 200
     roles = ["system", "user", "assistant", "user"]
     texts = ["be brief", "你好", "hi", "ab"]
-    turns = [turn if isinstance(turn, dict) else turn.model_dump() for turn in seen[0]]
-    assert turns == [
+    [((turns, *_), _)] = templated
+    assert [turn.model_dump() for turn in turns] == [
         {"role": r, "content": t} for r, t in zip(roles, texts, strict=True)
     ]
 
@@ -220,12 +195,12 @@ def test_the_asynchronous_client(counting, say):
 
 def test_a_client_times_out_and_its_place_is_free_again(counting, say, client):
     say(b"a", b"b")
-    counting.gate.allow(0)
+    counting.gate.close()
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).chat.completions.create(
             model=MODEL, messages=HELLO
         )
-    wait_until(lambda: not counting.engine.pending)
+    counting.wait_pending(0)
     counting.gate.allow()
     answer = client.chat.completions.create(model=MODEL, messages=HELLO)
     assert answer.choices[0].message.content == "ab"
@@ -238,37 +213,32 @@ def test_a_client_closes_its_stream(counting, say, client):
         model=MODEL, messages=HELLO, stream=True
     ) as chunks:
         next(chunks)
-    wait_until(lambda: not counting.engine.pending)
+    counting.wait_pending(0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_tries_again_after_a_503(counting_folder, monkeypatch, stream):
-    options = {"model": counting_folder, "max_in_flight": 1, "max_waiting": 0}
-    with running(**options) as served, scripted.Gate(served.engine) as gate:
-        scripted.teach(monkeypatch, served.engine, [b"a"])
-        gate.allow(0)
+    with narrow(counting_folder, max_in_flight=1, max_waiting=0) as served:
+        scripted.teach(monkeypatch, served, [b"a"])
+        served.gate.close()
         statuses = []
 
         def note(response: Any) -> None:
             statuses.append(response.status_code)
-            gate.allow()  # the first request ends while the client waits
+            served.gate.allow()
+            first.result()  # ends while the client waits
 
-        hooks = {"response": [note]}
-        http = openai.DefaultHttpxClient(event_hooks=hooks)
-        with (
-            ThreadPoolExecutor(1) as pool,
-            connect(served, max_retries=4, http_client=http) as client,
-        ):
-            first = pool.submit(ask, served)
-            wait_until(lambda: len(served.engine.pending) == 1)
-            answer = client.chat.completions.create(
-                model=MODEL, messages=HELLO, stream=stream
-            )
+        http = openai.DefaultHttpxClient(event_hooks={"response": [note]})
+        with connect(served, max_retries=4, http_client=http) as client:
+            first = served.submit(path=PATH)
+            served.wait_pending(1)
+            create = client.chat.completions.create
+            answer = create(model=MODEL, messages=HELLO, stream=stream)
             text = (
                 text_of(list(answer)) if stream else answer.choices[0].message.content
             )
             assert first.result().status_code == 200
-        assert text == "a" and statuses[0] == 503 and statuses[-1] == 200
+        assert text == "a" and statuses == [503, 200]
 
 
 def test_an_error_in_a_stream_reaches_the_program(counting, say, client):
@@ -281,7 +251,7 @@ def test_an_error_in_a_stream_reaches_the_program(counting, say, client):
     counting.gate.fail()
     with pytest.raises(openai.APIError, match="engine failed"):
         next(chunks)
-    wait_until(lambda: counting.engine.status == "ok")
+    counting.wait_ready()
 
 
 def test_langchain(counting, say):
@@ -429,12 +399,3 @@ def test_a_wrong_key_is_a_401(tiny_folder):
             client.chat.completions.create(model="x" * 3000, messages=HELLO)
         assert large.value.status_code == 413
         error_of(large.value.response)
-
-
-def test_lacking_the_engine_is_a_503(counting, say):
-    say(b"a")
-    counting.gate.fail()
-    response = ask(counting)
-    assert response.status_code == 503 and response.headers["Retry-After"] == "1"
-    assert error_of(response)["type"] == "server_error"
-    wait_until(lambda: counting.engine.status == "ok")

@@ -4,23 +4,16 @@
 import asyncio
 import json
 import random
-import re
-import socket
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import clients
 import net
 import pytest
-import requests
 import scripted
 import tiny
-from net import DEADLINE
-from server import Running, running, wait_until
+from server import running, wait_until
 
 import api
 
@@ -45,21 +38,6 @@ def cut(whole: bytes) -> bytes:
     return whole[: -tails[0]] if tails else whole
 
 
-@pytest.fixture(scope="module")
-def counting(counting_folder: Path) -> Iterator[Running]:
-    with running(model=counting_folder) as served, scripted.Gate(served.engine) as gate:
-        served.gate = gate
-        yield served
-
-
-@pytest.fixture
-def say(counting: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that sets what the server answers, one piece per token."""
-    yield lambda pieces: scripted.teach(monkeypatch, counting.engine, pieces)
-    counting.gate.allow()
-    wait_until(counting.idle)  # before the pieces are taken away
-
-
 def new_answer(stop: Any = None) -> api.Answer:
     async def make() -> api.Answer:
         return api.Answer("m", stop)
@@ -71,11 +49,6 @@ def in_bytes(text: bytes) -> list[bytes]:
     return [text[i : i + 1] for i in range(len(text))]
 
 
-def stream(served: Running, prompt: str = "hello", **body: Any) -> requests.Response:
-    body |= {"prompt": prompt, "stream": True}
-    return requests.post(served.url, json=body, stream=True, timeout=DEADLINE)
-
-
 # ------------------------------------------------------------------------------
 # Text
 # ------------------------------------------------------------------------------
@@ -83,13 +56,13 @@ def stream(served: Running, prompt: str = "hello", **body: Any) -> requests.Resp
 
 def test_every_cut_of_a_text_reads_the_same_streamed_and_whole(counting, say):
     text = b"".join(TEXTS.values())
-    say(in_bytes(text))
+    say(*in_bytes(text))
     limits = range(1, len(text) + 2)
     assert limits[-1] > 40
 
     def both(limit: int) -> tuple[Any, Any]:
         whole = counting.post("hello", max_new_tokens=limit)
-        return whole, net.told(stream(counting, max_new_tokens=limit))
+        return whole, net.told(counting.stream(max_new_tokens=limit))
 
     with ThreadPoolExecutor(12) as pool:
         results = list(pool.map(both, limits))
@@ -127,8 +100,8 @@ def test_text_is_what_the_tokenizer_decodes(builder, tmp_path):
 
 def test_a_delta_never_takes_back_or_splits_a_character(counting, say):
     text = (FAMILY + "你好").encode() * 3
-    say(in_bytes(text))
-    deltas, last = net.told(stream(counting))
+    say(*in_bytes(text))
+    deltas, last = net.told(counting.stream())
     assert all(deltas), "an empty delta says nothing"
     assert last["response"] == text.decode() == "".join(deltas)
     assert "�" not in "".join(deltas)
@@ -185,32 +158,31 @@ def test_stop_strings_against_their_definition():
     ],
 )
 def test_stop(counting, say, pieces, stop, text, tokens):
-    say(pieces)
+    say(*pieces)
     whole = counting.post("hello", stop=stop)
     assert whole.json()["response"] == text
     assert whole.headers["X-Finish-Reason"] == "stop"
     assert whole.headers["X-Completion-Tokens"] == str(tokens)
-    deltas, last = net.told(stream(counting, stop=stop))
+    deltas, last = net.told(counting.stream(stop=stop))
     assert "".join(deltas) == last["response"] == text
 
 
 def test_a_begun_stop_string_is_shown_when_the_limit_cuts_it(counting, say):
-    say(in_bytes(b"xEND"))
+    say(*in_bytes(b"xEND"))
     whole = counting.post("hello", stop="END", max_new_tokens=3)
     assert whole.json()["response"] == "xEN"
     assert whole.headers["X-Finish-Reason"] == "length"
-    assert "".join(net.told(stream(counting, stop="END", max_new_tokens=3))[0]) == "xEN"
-    assert (
-        counting.post("hello", stop="END", max_new_tokens=4).json()["response"] == "x"
-    )
+    deltas, _ = net.told(counting.stream(stop="END", max_new_tokens=3))
+    assert "".join(deltas) == "xEN"
+    assert counting.answer(stop="END", max_new_tokens=4) == "x"
 
 
 def test_a_stop_string_ends_the_generation(counting, say):
-    say(in_bytes(b"ab" + b"x" * 200))
-    before = counting.engine.manager.current_batch
-    assert counting.post("hello", stop="b").json()["response"] == "a"
+    say(*in_bytes(b"ab" + b"x" * 200))
+    before = len(counting.gate.tokens)
+    assert counting.answer(stop="b") == "a"
     wait_until(counting.idle)
-    assert counting.engine.manager.current_batch - before < 150
+    assert len(counting.gate.tokens) - before < 150
 
 
 # ------------------------------------------------------------------------------
@@ -219,8 +191,8 @@ def test_a_stop_string_ends_the_generation(counting, say):
 
 
 def test_headers(counting, say):
-    say([b"hi"])
-    response = stream(counting)
+    say(b"hi")
+    response = counting.stream()
     assert response.headers["Content-Type"].startswith("text/event-stream")
     assert response.headers["Cache-Control"] == "no-cache"
     assert response.headers["X-Accel-Buffering"] == "no"
@@ -232,16 +204,16 @@ def test_headers(counting, say):
 
 
 def test_an_answer_without_text_has_no_delta(counting, say):
-    say([])
-    assert net.told(stream(counting))[0] == []
+    say()
+    assert net.told(counting.stream())[0] == []
     assert counting.post().json()["response"] == ""
 
 
 def test_pings_while_nothing_comes(counting, say, monkeypatch):
     monkeypatch.setattr(api, "PING_SECONDS", 0.02)
-    say(in_bytes(b"abcdef"))
+    say(*in_bytes(b"abcdef"))
     counting.gate.allow(2)
-    found = net.events(stream(counting))
+    found = net.events(counting.stream())
     seen = [next(found) for _ in range(6)]  # more than two deltas: the rest are pings
     counting.gate.allow()
     seen += found
@@ -252,20 +224,13 @@ def test_pings_while_nothing_comes(counting, say, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
 def test_curl_shows_a_piece_before_the_next_exists(counting, say, path):
-    say(in_bytes(b"abc"))
+    say(*in_bytes(b"abc"))
     messages = [{"role": "user", "content": "hello"}]
     asked = {"prompt": "hello"} if path == "/" else {"messages": messages}
     body = json.dumps(asked | {"stream": True})
     counting.gate.allow(1)
-    command = [
-        "curl",
-        "-sN",
-        counting.url + path,
-        "-H",
-        "Content-Type: application/json",
-        "-d",
-        body,
-    ]
+    command = ["curl", "-sN", counting.url + path, "-d", body]
+    command += ["-H", "Content-Type: application/json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
         for line in curl.stdout:
             if b'"a"' in line:
@@ -301,8 +266,7 @@ async def read_slowly(body: Any, pieces: list[str]) -> str:
     grow()
     found = ""
     async for new in api.events(SimpleNamespace(), body, answer):
-        for event in new.decode().split("\n\n")[:-1]:
-            data = event.removeprefix("data: ")
+        for _, data in net.events(new):
             item = json.loads(data) if data != "[DONE]" else {}
             found += item.get("delta", "")
             for choice in item.get("choices", []):
@@ -313,23 +277,14 @@ async def read_slowly(body: Any, pieces: list[str]) -> str:
 
 def test_a_client_that_reads_late_gets_everything(counting, say):
     pieces = [b"%d," % i * 4000 for i in range(250)]  # more than the buffers hold
-    say(pieces)
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.settimeout(DEADLINE)
-        client.connect(("127.0.0.1", int(counting.url.rpartition(":")[2])))
-        body = {"prompt": "hello", "stream": True, "max_new_tokens": 250}
-        client.sendall(net.packet(body=body))
-        wait_until(lambda: counting.engine.pending)
-        wait_until(
-            lambda: not clients.scheduled(counting)
-        )  # generated, and not yet read
-        received = b"".join(iter(lambda: client.recv(1 << 20), b""))
-    lines = received.replace(b"\r\n", b"\n").split(b"\n")
-    found = [json.loads(line[6:]) for line in lines if line.startswith(b"data: ")]
-    text = b"".join(pieces).decode()
-    assert found[-1]["response"] == text
-    assert "".join(item["delta"] for item in found[:-1]) == text
+    say(*pieces)
+    body = {"prompt": "hello", "stream": True, "max_new_tokens": 250}
+    with net.connect(counting.url, net.packet(body=body), buffer=4096) as client:
+        counting.wait_pending(1)
+        wait_until(lambda: not counting.scheduled)  # generated, and not yet read
+        received = net.rest(client)
+    deltas, last = net.told(received)  # no line of chunked coding looks like an event's
+    assert "".join(deltas) == last["response"] == b"".join(pieces).decode()
 
 
 # ------------------------------------------------------------------------------
@@ -338,7 +293,7 @@ def test_a_client_that_reads_late_gets_everything(counting, say):
 
 
 def test_errors_before_the_first_token_are_ordinary(counting, say):
-    say([b"a"])
+    say(b"a")
     wrong = counting.post("hello", stream=True, temperature=3)
     assert wrong.status_code == 422 and "temperature" in wrong.text
     long = counting.post("hello", stream=True, max_new_tokens=10**6)
@@ -346,115 +301,14 @@ def test_errors_before_the_first_token_are_ordinary(counting, say):
     assert long.headers["Content-Type"] == "application/json"
 
 
-def test_a_server_that_is_full_says_so_to_streams_too(counting_folder, monkeypatch):
-    with (
-        running(model=counting_folder, max_in_flight=1, max_waiting=0) as served,
-        scripted.Gate(served.engine) as gate,
-    ):
-        scripted.teach(monkeypatch, served.engine, in_bytes(b"abc"))
-        gate.allow(1)
-        first = net.events(stream(served))
-        assert json.loads(next(first)[1]) == {"delta": "a"}
-        refused = stream(served)
-        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
-        assert "in flight" in refused.json()["detail"]
-        gate.allow()
-        *_, (_, last) = first
-        assert json.loads(last)["response"] == "abc"
-        assert stream(served).status_code == 200
-
-
-def test_a_failure_before_the_first_token_is_a_503(counting, say):
-    say([b"a"])
-    counting.gate.fail()
-    failed = stream(counting)
-    assert failed.status_code == 503 and failed.headers["Retry-After"] == "1"
-    assert failed.headers["Content-Type"] == "application/json"
-    wait_until(lambda: counting.engine.status == "ok")
-    assert counting.post().json()["response"] == "a"
-
-
-@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
-def test_a_failure_after_it_is_an_error_event(counting, say, path):
-    say(in_bytes(b"abcdef"))
-    wait_until(counting.idle)
-    counting.gate.allow(2)
-    asked = {"prompt": "hello", "messages": [{"role": "user", "content": "hello"}]}
-    del asked["messages" if path == "/" else "prompt"]
-    asked["stream"] = True
-    response = requests.post(
-        counting.url + path, json=asked, stream=True, timeout=DEADLINE
-    )
-    assert response.status_code == 200
-    found = net.events(response)
-    seen = [next(found)]
-    while not re.search('"a?b"', seen[-1][1]):  # one piece if the reader is late
-        seen.append(next(found))
-    counting.gate.fail()
-    seen += found
-    assert [event for event, _ in seen[:-1]] == ["message"] * (len(seen) - 1)
-    event, data = seen[-1]
-    assert event == "error"
-    why = json.loads(data)
-    if path == "/":
-        assert "engine failed" in why["detail"]
-    else:
-        assert "engine failed" in why["error"]["message"]
-        assert why["error"]["type"] == "server_error"
-    wait_until(lambda: counting.engine.status == "ok")
-    assert counting.post().json()["response"] == "abcdef"
-
-
 def test_timeouts_before_and_after_the_first_token(counting_folder, monkeypatch):
-    with (
-        running(model=counting_folder, request_timeout=0.5) as served,
-        scripted.Gate(served.engine) as gate,
-    ):
-        scripted.teach(monkeypatch, served.engine, in_bytes(b"abc"))
-        gate.allow(1)
-        event, data = list(net.events(stream(served)))[-1]
-        assert event == "error" and "0.5 seconds" in json.loads(data)["detail"]
-        gate.allow(0)
-        late = stream(served)
-        assert late.status_code == 504 and "0.5 seconds" in late.json()["detail"]
-        gate.allow()
-        wait_until(served.idle)
-
-
-# ------------------------------------------------------------------------------
-# Clients that leave
-# ------------------------------------------------------------------------------
-
-
-def test_clients_that_leave_free_their_slots_and_disturb_nobody(tiny_folder):
-    with running(model=tiny_folder, max_in_flight=8, max_waiting=100) as served:
-        before = clients.answers(served)
-        assert len({*before}) == len(before) == 12
-        with ThreadPoolExecutor(2) as pool:
-            beside = pool.submit(clients.answers, served)
-            freed = clients.leave(served, 12)
-        assert len(freed) > 8  # on a busy machine one may reach its end first
-        assert beside.result() == before == clients.answers(served)
-        wait_until(served.idle)
-
-
-def test_a_client_that_leaves_the_queue_frees_its_place(counting_folder, monkeypatch):
-    with (
-        running(model=counting_folder, max_in_flight=1, max_waiting=1) as served,
-        scripted.Gate(served.engine) as gate,
-    ):
-        scripted.teach(monkeypatch, served.engine, [b"a"])
-        gate.allow(0)
-        with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(served.post)
-            wait_until(lambda: clients.scheduled(served))
-            with net.connect(served.url) as client:
-                client.sendall(net.packet(body={"prompt": "hello"}))
-                wait_until(lambda: len(served.engine.pending) == 2)
-            wait_until(lambda: len(served.engine.pending) == 1)
-            second = pool.submit(served.post)
-            wait_until(lambda: len(served.engine.pending) == 2)
-            gate.allow()
-            assert first.result().json()["response"] == "a"
-            assert second.result().json()["response"] == "a"
+    with running(model=counting_folder, request_timeout=1.5) as served:
+        scripted.teach(monkeypatch, served, in_bytes(b"abc"))
+        served.gate.allow(1)
+        event, data = list(net.events(served.stream()))[-1]
+        assert event == "error" and "1.5 seconds" in json.loads(data)["detail"]
+        served.gate.close()
+        late = served.stream()
+        assert late.status_code == 504 and "1.5 seconds" in late.json()["detail"]
+        served.gate.allow()
         wait_until(served.idle)

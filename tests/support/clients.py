@@ -27,7 +27,7 @@ def leave(served: Running, count: int) -> list[float]:
     that were generated to their end in spite of it are left out."""
     seconds = []
     for number in range(count):
-        others = {*scheduled(served)}
+        others = {*served.scheduled}
         with net.connect(served.url) as client:
             stream = number % 2 == 1
             body = {"prompt": f"leaves {number}", "stream": stream}
@@ -42,23 +42,14 @@ def leave(served: Running, count: int) -> list[float]:
     return seconds
 
 
-def scheduled(served: Running) -> dict[str, Any]:
-    """What the engine's scheduler has in hand, by request id."""
-    scheduler = served.engine.manager.batch_processor.scheduler
-    return {**scheduler.active_requests, **scheduler.waiting_requests}
-
-
 def gone(served: Running, request: Any) -> bool:
-    return request.request_id not in scheduled(served)
+    return request.request_id not in served.scheduled
 
 
 def generating(served: Running, others: set[str]) -> Any:
     """The long request that is not among the others and has some of its tokens."""
-    for name, state in list(scheduled(served).items()):
-        if (
-            name not in others
-            and state.max_new_tokens == LONG
-            and state.generated_tokens
-        ):
+    for name, state in served.scheduled.items():
+        long = name not in others and state.max_new_tokens == LONG
+        if long and state.generated_tokens:
             return state
     return None

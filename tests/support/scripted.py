@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""A tiny model that says what a test wants, and a gate before its forward passes."""
+"""Tiny models that say what a test wants."""
 
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import overlap
 import tiny
 import torch
+from server import Running
 from transformers import Phi3ForCausalLM
 
 LAST = 255  # the scripted model counts its tokens up to here, and starts again
@@ -44,46 +43,9 @@ def counting_model(folder: Path) -> None:
     chain_model(folder, logits)
 
 
-def teach(monkeypatch: Any, engine: Any, pieces: Sequence[bytes]) -> None:
-    """Let an engine of the counting model say these pieces, one per token, and end."""
+def teach(monkeypatch: Any, served: Running, pieces: Sequence[bytes]) -> None:
+    """Let a server of the counting model say these pieces, one per token, and end."""
     assert len(pieces) < LAST
-    table = [*pieces, *[None] * (len(engine.token_bytes) - len(pieces))]
-    monkeypatch.setattr(engine, "token_bytes", table)
-    config = engine.manager.generation_config
-    monkeypatch.setattr(config, "eos_token_id", [len(pieces)])
-
-
-class Gate:
-    """Stands before each forward pass of a server's model; open at first and at the
-    end of its `with`."""
-
-    def __init__(self, engine: Any) -> None:
-        self.changed, self.left, self.broken = threading.Condition(), math.inf, False
-        engine.manager.model.register_forward_pre_hook(self.wait)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.allow()
-
-    def allow(self, passes: float = math.inf) -> None:
-        """Let this many more forward passes through."""
-        with self.changed:
-            # One more where an answer's token is read while the next step runs.
-            self.left = passes + (overlap.WANTED and passes > 0)
-            self.changed.notify_all()
-
-    def fail(self) -> None:
-        """Let the next forward pass raise, which ends the generation thread."""
-        with self.changed:
-            self.broken = True
-            self.changed.notify_all()
-
-    def wait(self, *_: Any) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.left > 0 or self.broken)
-            if self.broken:
-                self.broken, self.left = False, math.inf
-                raise RuntimeError("injected")
-            self.left -= 1
+    table = [*pieces, *[None] * (len(served.engine.token_bytes) - len(pieces))]
+    monkeypatch.setattr(served.engine, "token_bytes", table)
+    monkeypatch.setattr(served.generation_config, "eos_token_id", [len(pieces)])
