@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import played_gpu as played
 import scripted
 import tiny
 from server import ROOT, Running, running, wait_until
@@ -74,3 +75,10 @@ def say(
     yield lambda *pieces: scripted.teach(monkeypatch, counting, pieces)
     counting.gate.allow()
     wait_until(counting.idle)  # before the pieces are taken away
+
+
+@pytest.fixture
+def played_gpu() -> Iterator[pytest.MonkeyPatch]:
+    """A machine whose CPU passes for a GPU, as far as the attention can tell."""
+    with played.playing() as patch:
+        yield patch

@@ -25,7 +25,7 @@ def submit(
 ) -> requests.Response:
     """A request whose prompt is these tokens, past the wire format and the template."""
     with monkeypatch.context() as patch:
-        server.replace(patch, "template", lambda *_: tokens)
+        server.replace(patch, "apply_template", lambda *_: tokens)
         return server.post(max_new_tokens=4)
 
 

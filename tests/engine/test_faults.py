@@ -264,7 +264,7 @@ def test_a_tokenizer_that_raises_is_one_clients_500(shared, monkeypatch, caplog)
         raise RuntimeError("Already borrowed")
 
     with monkeypatch.context() as patch:
-        shared.replace(patch, "template", broken)
+        shared.replace(patch, "apply_template", broken)
         for stream in (False, True):
             answer = shared.post(stream=stream)
             assert answer.status_code == 500

@@ -118,7 +118,7 @@ def test_who_was_preempted_comes_again_when_the_only_other_one_leaves(
 def test_nothing_is_templated_for_clients_who_have_left(shared, monkeypatch):
     held = threading.Event()
     with monkeypatch.context() as patch:
-        templated = shared.spy(patch, "template")
+        templated = shared.spy(patch, "apply_template")
         shared.in_tokenizer_thread(held.wait)
         try:
             with net.connect(shared.url, net.packet(body={"prompt": LONG_PROMPT})):
@@ -128,21 +128,21 @@ def test_nothing_is_templated_for_clients_who_have_left(shared, monkeypatch):
             held.set()
         shared.in_tokenizer_thread(int).result()  # it has nothing else to do
         assert shared.works()
-    seen = [len(args[0][0].content) for args, _ in templated]
+    seen = [len(turns[0].content) for (_, turns), _ in templated]
     assert seen and len(LONG_PROMPT) not in seen
 
 
 def test_a_prompt_whose_client_left_meanwhile_is_not_computed(shared, monkeypatch):
     begun, left = threading.Event(), threading.Event()
 
-    def slow(turns, *more):
+    def slow(tokenizer, turns):
         if turns[0].content == LONG_PROMPT:
             begun.set()
             left.wait()
-        return template(turns, *more)
+        return template(tokenizer, turns)
 
     with monkeypatch.context() as patch:
-        template = shared.replace(patch, "template", slow)
+        template = shared.replace(patch, "apply_template", slow)
         added = shared.spy(patch, "add_request")
         try:
             with net.connect(shared.url, net.packet(body={"prompt": LONG_PROMPT})):

@@ -3,20 +3,25 @@
 test here names the seam that a new version has moved."""
 
 import ast
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import played_gpu
 import pytest
 import torch
 import uvicorn
 from fastapi.routing import APIRoute
+from played_gpu import create_manager, generated, gpu_model, plain_model, results
 from starlette.requests import Request
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers import modeling_flash_attention_utils as flash
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation.continuous_batching import (
@@ -32,6 +37,19 @@ from transformers.generation.continuous_batching import (
 
 import api
 
+PREPARED = (
+    "self requests_in_batch logits_processors use_decode_fast_path num_q_tokens"
+    " max_kv_read use_padding"
+)
+KERNEL = (
+    "query key value cu_seq_q cu_seq_k max_q max_k scale window_size enable_gqa"
+    " seqused_k block_table num_splits"
+)
+CONFIG = (
+    "page_size num_blocks max_batch_tokens max_requests_per_batch max_blocks_per_request"
+    " allow_block_sharing scheduler_type auto_switch_to_flash q_padding_interval_size"
+    " use_cuda_graph use_async_batching"
+)
 # Overridden, replaced or called with arguments by position: all parameters count.
 SIGNATURES: list[tuple[Callable, str]] = [
     (FIFOScheduler.clear_cancelled_requests, "self"),
@@ -46,13 +64,11 @@ SIGNATURES: list[tuple[Callable, str]] = [
     (model_runner.ModelRunner.run_one_warmup, "self model num_q_tokens max_kv_read"),
     (
         input_outputs.ContinuousBatchingIOs.prepare_batch_tensors,
-        "self requests_in_batch logits_processors use_decode_fast_path num_q_tokens"
-        " max_kv_read use_padding",
+        PREPARED,
     ),
     (
         input_outputs.ContinuousBatchingAsyncIOs.prepare_batch_tensors,
-        "self requests_in_batch logits_processors use_decode_fast_path num_q_tokens"
-        " max_kv_read use_padding",
+        PREPARED,
     ),
     (input_outputs.ContinuousBatchingIOs._get_graph_key, "self"),
     (input_outputs.ContinuousBatchingAsyncIOs.swap_io_pairs, "self"),
@@ -65,7 +81,10 @@ SIGNATURES: list[tuple[Callable, str]] = [
     (PagedAttentionCache.compute_free_capacity, "self relative"),
     (PagedAttentionCache.reset, "self"),
     (utils.stream_context, "stream"),
-    (flash.lazy_import_flash_attention, "implementation attention_wrapper allow_all_kernels"),
+    (
+        flash.lazy_import_flash_attention,
+        "implementation attention_wrapper allow_all_kernels",
+    ),
     (uvicorn.Server.handle_exit, "self sig frame"),
     (uvicorn.Server.on_tick, "self counter"),
     (APIRoute.get_route_handler, "self"),
@@ -73,17 +92,8 @@ SIGNATURES: list[tuple[Callable, str]] = [
 ]
 # Called with these by name, or with so many by position; there may be others.
 TAKES: list[tuple[Callable, str]] = [
-    (
-        varlen_attn,
-        "query key value cu_seq_q cu_seq_k max_q max_k scale window_size enable_gqa"
-        " seqused_k block_table num_splits",
-    ),
-    (
-        ContinuousBatchingConfig,
-        "page_size num_blocks max_batch_tokens max_requests_per_batch"
-        " max_blocks_per_request allow_block_sharing scheduler_type auto_switch_to_flash"
-        " q_padding_interval_size use_cuda_graph use_async_batching",
-    ),
+    (varlen_attn, KERNEL),
+    (ContinuousBatchingConfig, CONFIG),
     (
         ContinuousBatchingManager.add_request,
         "input_ids request_id max_new_tokens streaming logit_processor_kwargs",
@@ -104,29 +114,42 @@ GLOBALS: list[tuple[Any, str]] = [
     (torch.cpu, "_is_avx512_bf16_supported"),
     (torch._inductor.config, "coordinate_descent_tuning"),
     (nn.Module, "compile"),
+    (PreTrainedConfig, "_attn_implementation"),
 ]
 # Of a manager that has run, as paths of attributes.
-ATTRIBUTES = """
-background_thread_status.fatal_error
-batch_processor.cache.bytes_per_sector
-batch_processor.cache.max_batch_tokens
-batch_processor.cache.max_blocks_per_request
-batch_processor.cache.num_blocks
-batch_processor.cache.num_sectors
-batch_processor.model_runner.cache
-batch_processor.model_runner.cb_config.max_requests_per_batch
-batch_processor.model_runner.inputs_and_outputs.compute_stream
-batch_processor.model_runner.inputs_and_outputs.current_pair
-batch_processor.model_runner.inputs_and_outputs.output_ids
-batch_processor.model_runner.use_cuda_graph_varlen
-batch_processor.scheduler.block_new_requests
-continuous_batching_config.page_size
-current_batch
-input_queue.empty
-logit_processor.supported_keys
-output_router.deliver
-_wake_up_loop.wait
-""".split()
+ATTRIBUTES = [
+    "background_thread_status.fatal_error",
+    "batch_processor.cache.bytes_per_sector",
+    "batch_processor.cache.max_batch_tokens",
+    "batch_processor.cache.max_blocks_per_request",
+    "batch_processor.cache.num_blocks",
+    "batch_processor.cache.num_sectors",
+    "batch_processor.model_runner.cache",
+    "batch_processor.model_runner.cb_config.max_requests_per_batch",
+    "batch_processor.model_runner.inputs_and_outputs.compute_stream",
+    "batch_processor.model_runner.inputs_and_outputs.current_pair",
+    "batch_processor.model_runner.inputs_and_outputs.output_ids",
+    "batch_processor.model_runner.use_cuda_graph_varlen",
+    "batch_processor.scheduler.block_new_requests",
+    "continuous_batching_config.page_size",
+    "current_batch",
+    "input_queue.empty",
+    "logit_processor.supported_keys",
+    "output_router.deliver",
+    "_wake_up_loop.wait",
+]
+
+
+@contextlib.contextmanager
+def running(model: Any) -> Iterator[Any]:
+    """A manager that is warmed up and started."""
+    manager = create_manager(model)
+    manager.warmup()
+    manager.start()
+    try:
+        yield manager
+    finally:
+        manager.stop(block=True, timeout=30)
 
 
 def parameters(function: Callable) -> list[str]:
@@ -166,16 +189,16 @@ def test_every_private_name_in_use_is_known_here() -> None:
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
-    }
+    } - {"_exit"}  # of os
     known = Path(__file__).read_text()
     assert names, "api.py uses no private name any more?"
     assert not [name for name in names if name not in known]
 
 
-def test_attributes_of_a_manager(played: pytest.MonkeyPatch) -> None:
-    with played_gpu.running_manager() as manager:
+def test_attributes_of_a_manager(played_gpu: pytest.MonkeyPatch) -> None:
+    with running(gpu_model(played_gpu)) as manager:
         manager.add_request([5, 6, 7], "one", max_new_tokens=2)
-        assert manager.get_result(timeout=60).generated_tokens
+        assert results(manager, {"one"})
         for path in ATTRIBUTES:
             found: Any = manager
             for name in path.split("."):
@@ -193,14 +216,14 @@ def test_attributes_of_a_manager(played: pytest.MonkeyPatch) -> None:
 
 
 def test_the_library_takes_our_kernel_for_flash_attention(
-    played: pytest.MonkeyPatch,
+    played_gpu: pytest.MonkeyPatch,
 ) -> None:
     api.install_patches(torch.device("cuda"), "bfloat16", False)
     functions, _ = flash.lazy_import_flash_attention(api.FLASH)
     assert functions[2] is api.varlen_attn
 
 
-def test_compiled_layers_have_no_graph_break(played: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_have_no_graph_break(played_gpu: pytest.MonkeyPatch) -> None:
     """The whole warm-up with compiled layers, then answers that equal `generate`. The
     backend keeps what dynamo has traced, and runs it as it is."""
     graphs: list[Any] = []
@@ -210,24 +233,22 @@ def test_compiled_layers_have_no_graph_break(played: pytest.MonkeyPatch) -> None
         return graph.forward
 
     compiled = nn.Module.compile
-    played.setattr(
+    played_gpu.setattr(
         nn.Module,
         "compile",
         lambda module, **options: compiled(module, backend=backend, **options),
     )
     torch._dynamo.reset()
     prompts = [[5, 6, 7], [8] * 40, list(range(3, 90)), [9]]
-    with played_gpu.running_manager(compile_layers=True) as manager:
+    played_gpu.setattr(api, "can_compile", lambda: True)
+    with running(gpu_model(played_gpu, compile_layers=True, layers=12)) as manager:
         warmed_up = len(graphs)
         for i, prompt in enumerate(prompts):
             manager.add_request(prompt, str(i), max_new_tokens=8)
-        found = {}
-        while len(found) < len(prompts):
-            output = manager.get_result(timeout=60)
-            assert output and not output.error, output
-            found[int(output.request_id)] = output.generated_tokens
-    expected = [played_gpu.generated(prompt, 8) for prompt in prompts]
-    assert [found[i] for i in range(len(prompts))] == expected
+        found = results(manager, set("0123"))
+    plain = plain_model(layers=12)
+    expected = [generated(plain, prompt, 8) for prompt in prompts]
+    assert [found[str(i)] for i in range(len(prompts))] == expected
     # One for each kind of step, however many layers; requests add none.
     assert 0 < warmed_up <= 3
     assert len(graphs) == warmed_up

@@ -24,14 +24,15 @@ SAMPLED = {"temperature": 1.0, "max_new_tokens": 48}
 
 def state(seed: int, position: int, **sampling: Any) -> SimpleNamespace:
     """What the engine knows of a request that has come to this position."""
-    asked = api.ChatRequest(prompt="x", seed=seed, **sampling).sampling()
+    params = api.ChatRequest(prompt="x", seed=seed, **sampling).sampling_params()
+    asked = {"sampling": params} if params else {}
     return SimpleNamespace(logit_processor_kwargs=asked, position_offset=position)
 
 
 def choose(batch: list[SimpleNamespace], scores: torch.Tensor) -> list[int]:
     """The tokens that a step of these requests ends with."""
     runner = object.__new__(api.Runner)
-    runner.scores, runner.generator = scores, torch.Generator()
+    runner.logits = scores
     likeliest = scores.argmax(-1)[None].int()
     runner.inputs_and_outputs = SimpleNamespace(
         requests_in_batch=batch, compute_stream=None, output_ids=likeliest
@@ -189,7 +190,7 @@ def test_different_seeds_draw_differently(one, other):
 
 def test_without_a_seed_every_request_has_its_own():
     asked = [api.ChatRequest(prompt="x", temperature=1) for _ in range(8)]
-    seeds = {body.sampling()["sampling"][-1] for body in asked}
+    seeds = {body.sampling_params().seed for body in asked}
     assert len(seeds) == 8
 
 

@@ -186,7 +186,7 @@ def main() -> None:
     reference, rounded = plain["float32"], plain[options.dtype]
     base = {name: compared(rounded[name], exact) for name, exact in reference.items()}
     del plain, rounded
-    pick = api.pick_attention
+    pick = api.install_patches
 
     def pick_forced(*given: Any) -> str:
         name = pick(*given)
@@ -197,7 +197,7 @@ def main() -> None:
         api.batching.continuous_api.ModelRunner = runner
         return name
 
-    api.pick_attention = pick_forced
+    api.install_patches = pick_forced
     engine = api.Engine(settings)
     engine.load()
     preempted = asyncio.run(serve(engine, asked, options.steps))

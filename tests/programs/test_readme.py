@@ -354,7 +354,7 @@ def test_each_status_in_the_table_happens_as_it_says(
         late.result()
         served.gate.allow()
         wait_until(served.idle)
-        served.replace(monkeypatch, "template", None)
+        served.replace(monkeypatch, "apply_template", None)
         ask(prompt="hello")
     assert set(seen) == STATUSES
 

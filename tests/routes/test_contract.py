@@ -75,16 +75,17 @@ def test_only_short_prompts_are_tokenised_on_the_event_loop(
     phi4_server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = []
+    engine = phi4_server.engine
 
-    def note(turns: list[api.Turn], short: bool = False) -> list[int]:
-        there.append((short, threading.get_ident()))
-        ids = template(turns, short)
-        assert ids == template(turns, not short)
+    def note(tokenizer: Any, turns: list[api.Turn]) -> list[int]:
+        there.append((tokenizer is engine.loop_tokenizer, threading.get_ident()))
+        ids = template(engine.loop_tokenizer, turns)
+        assert ids == template(engine.pool_tokenizer, turns)
         return ids
 
-    template = phi4_server.replace(monkeypatch, "template", note)
-    most = api.SHORT - api.TURN_COST
-    empty = [{"role": "user", "content": ""}] * (api.SHORT // api.TURN_COST)
+    template = phi4_server.replace(monkeypatch, "apply_template", note)
+    most = api.INLINE_CHARS - api.TURN_CHARS
+    empty = [{"role": "user", "content": ""}] * (api.INLINE_CHARS // api.TURN_CHARS)
     for prompt, history in (("a" * most, []), ("a" * (most + 1), []), ("a", empty)):
         asked = phi4_server.post(prompt, history=history, max_new_tokens=1)
         assert asked.status_code == 200

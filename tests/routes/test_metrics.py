@@ -105,7 +105,7 @@ def test_the_origins_of_the_setting_may_ask(tiny_folder: Path) -> None:
                 assert answer.headers["Access-Control-Allow-Origin"] == origin
                 assert "Access-Control-Allow-Credentials" not in answer.headers
         with pytest.MonkeyPatch.context() as patch:
-            served.replace(patch, "template", None)  # so that it fails
+            served.replace(patch, "apply_template", None)  # so that it fails
             failed = ask(served, origin, "k")
         assert failed.status_code == 500
         assert failed.headers["Access-Control-Allow-Origin"] == origin

@@ -145,7 +145,7 @@ def test_finish_reasons(say, client, field):
 
 def test_every_kind_of_message_reaches_the_template(counting, say, monkeypatch):
     say(b"x")
-    templated = counting.spy(monkeypatch, "template")
+    templated = counting.spy(monkeypatch, "apply_template")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief"},
@@ -156,7 +156,7 @@ def test_every_kind_of_message_reaches_the_template(counting, say, monkeypatch):
     assert ask(counting, messages=messages).status_code == 200
     roles = ["system", "user", "assistant", "user"]
     texts = ["be brief", "你好", "hi", "ab"]
-    [((turns, *_), _)] = templated
+    [((_, turns), _)] = templated
     assert [turn.model_dump() for turn in turns] == [
         {"role": r, "content": t} for r, t in zip(roles, texts, strict=True)
     ]

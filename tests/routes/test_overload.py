@@ -52,7 +52,7 @@ def statuses(futures: list[Future]) -> list[int]:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
 def test_over_the_limit_is_a_503_before_tokenising(busy, monkeypatch, path, stream):
-    templated = busy.spy(monkeypatch, "template")
+    templated = busy.spy(monkeypatch, "apply_template")
     answer = busy.post("one more", path=path, stream=stream)
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
@@ -82,7 +82,7 @@ def test_a_slow_tokenizer_holds_up_nobody_else(shared, monkeypatch):
         return template(*turns)
 
     with monkeypatch.context() as patch:
-        template = shared.replace(patch, "template", slow)
+        template = shared.replace(patch, "apply_template", slow)
         asked = shared.submit(LONG_PROMPT, max_new_tokens=2)
         try:
             shared.wait_pending(1)

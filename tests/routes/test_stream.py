@@ -38,9 +38,9 @@ def cut(whole: bytes) -> bytes:
     return whole[: -tails[0]] if tails else whole
 
 
-def new_answer(stop: Any = None) -> api.Answer:
-    async def make() -> api.Answer:
-        return api.Answer("m", stop)
+def new_answer(stop: Any = None) -> api.Generation:
+    async def make() -> api.Generation:
+        return api.Generation("m", stop)
 
     return asyncio.run(make())
 
@@ -254,18 +254,18 @@ def test_text_that_comes_while_a_piece_is_being_sent_is_not_lost():
 
 
 async def read_slowly(body: Any, pieces: list[str]) -> str:
-    answer = api.Answer("m", None)
+    answer = api.Generation("m", None)
 
     def grow() -> None:
         if pieces:
             answer.feed(pieces.pop(0).encode())
         elif answer.finish_reason is None:
             answer.finish("stop")
-        answer.grown.set()
+        answer.changed.set()
 
     grow()
     found = ""
-    async for new in api.events(SimpleNamespace(), body, answer):
+    async for new in api.stream_events(SimpleNamespace(), body, answer):
         for _, data in net.events(new):
             item = json.loads(data) if data != "[DONE]" else {}
             found += item.get("delta", "")

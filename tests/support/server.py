@@ -175,7 +175,7 @@ class Running:
     @property
     def pending(self) -> list[str]:
         """The requests that were admitted and have not ended, as they came."""
-        return [*self.engine.pending]
+        return [*self.engine.admitted]
 
     def wait_pending(self, count: int) -> None:
         wait_until(lambda: len(self.pending) == count)
@@ -221,25 +221,25 @@ class Running:
 
     @property
     def tokenizer(self) -> Any:
-        return self.engine.tokenizer
+        return self.engine.loop_tokenizer
 
     def token_ids(self, body: Any, protected: bool = True) -> list[int]:
         """Of a request's conversation: the engine's, or those of the library alone."""
         if protected:
-            return self.engine.template(body.turns())
+            return self.engine.apply_template(self.engine.loop_tokenizer, body.turns())
         messages = [turn.model_dump() for turn in body.turns()]
         template = self.tokenizer.apply_chat_template
         return template(messages, add_generation_prompt=True)["input_ids"]
 
     def in_tokenizer_thread(self, work: Callable[[], Any]) -> "Future[Any]":
         """Work before which, and after which, that thread tokenises no prompt."""
-        return self.engine.tokenizing.submit(work)
+        return self.engine.tokenizer_pool.submit(work)
 
     def replace(self, patch: Any, name: str, new: Any) -> Any:
         """Put a function in the place of the engine's or the library's of this name.
         Returns what was there."""
         owners = {
-            "template": self.engine,
+            "apply_template": self.engine,
             "release": self.engine,
             "deliver_batch": self.manager.output_router,
             "offload_requests": self.manager.batch_processor.offloading_manager,
