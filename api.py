@@ -53,7 +53,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -79,6 +78,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import modeling_flash_attention_utils as flash
@@ -86,11 +86,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import continuous_batching as batching
 
 import model_download
-
-try:
-    from torch.nn.attention.varlen import varlen_attn  # torch 2.10, its pages 2.13
-except ImportError:
-    varlen_attn = None
 
 logger = logging.getLogger("phi4")
 # torchrun starts a process for each GPU: number 0 serves, the others follow it. RANK
@@ -316,8 +311,6 @@ class ModelList(BaseModel):
 # Types of fields that are accepted only at the value that changes nothing: any other
 # value would change the answer in a way that this server cannot.
 NeutralZero = Annotated[float, Field(ge=0, le=0)] | None
-NeutralFalse = Annotated[bool, Field(le=False)] | None
-NeutralOne = Annotated[int, Field(ge=1, le=1)] | None
 NeutralList = Annotated[list[Any], Field(max_length=0)] | None
 NeutralDict = Annotated[dict[str, Any], Field(max_length=0)] | None
 
@@ -334,9 +327,9 @@ class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXA
     max_tokens: TokenLimit = None
     max_completion_tokens: TokenLimit = None
     stream_options: StreamOptions | None = None
-    n: NeutralOne = None
+    n: Literal[1] | None = None
     response_format: TextFormat | None = None
-    logprobs: NeutralFalse = None
+    logprobs: Literal[False] | None = None
     tools: NeutralList = None
     functions: NeutralList = None
     presence_penalty: NeutralZero = None
@@ -477,11 +470,9 @@ QUANTIZED_SIZE = {"none": 1.0, "int8": 0.55, "int4": 0.35}  # of that in bfloat1
 
 def preflight(settings: Settings) -> torch.device:
     """The device. Raises ValueError for what can be known before loading."""
-    folder, device = settings.model, settings.device
-    if not settings.demo and (missing := model_download.missing_files(folder)):
-        lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
-        hint = "python model_download.py downloads phi-4, --demo needs no download"
-        raise ValueError(f"{folder} {lacks}: {hint}")
+    device = settings.device
+    if not settings.demo:
+        model_download.check_complete(settings.model)
     if settings.quantize != "none":
         if WORLD_SIZE > 1:
             raise ValueError("--quantize works on one GPU, not under torchrun")
@@ -781,11 +772,9 @@ async def error_response(request: Request, error: Any) -> Response:
         deepest = max(detail, key=lambda each: len(each["loc"]))
         param = ".".join(map(str, deepest["loc"][1:])) or None
         message = f"{param or 'body'}: {deepest['msg']}"
-    content: dict[str, Any] = {"detail": detail}
-    if openai:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        parts = {"message": message, "type": kind, "param": param, "code": None}
-        content = {"error": parts}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    parts = {"message": message, "type": kind, "param": param, "code": None}
+    content = {"error": parts} if openai else {"detail": detail}
     headers = getattr(error, "headers", None)
     text = json.dumps(content, default=str)
     return Response(text, status, headers, "application/json")
@@ -975,11 +964,9 @@ async def health(request: Request, response: Response) -> Health:
     """200 when requests are answered; 503 while loading, down or leaving."""
     engine: Engine = request.app.state.engine
     response.status_code = 200 if engine.status == "ok" else 503
-    name = engine.name
-    if engine.settings.demo:
-        name += " (demo model, not phi-4)"
+    note = " (demo model, not phi-4)" if engine.settings.demo else ""
     device = str(engine.device or engine.settings.device)
-    return Health(status=engine.status, model=name, device=device)
+    return Health(status=engine.status, model=engine.name + note, device=device)
 
 
 @public.get("/docs", include_in_schema=False)
@@ -1252,14 +1239,6 @@ class Runner(batching.model_runner.ModelRunner):
 
     logits: Tensor | None = None  # (max_running, vocabulary), of the step's rows
 
-    @property
-    def host_ios(self) -> batching.input_outputs.ContinuousBatchingIOs:
-        """Host side of the step that is launched. On a GPU the library prepares the
-        next step meanwhile, in the other of two pairs."""
-        ios = self.inputs_and_outputs
-        pairs = getattr(ios, "io_pairs", None)
-        return pairs[ios.current_pair].host_io if pairs else ios
-
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         if self.logits is None:
             max_rows = self.cb_config.max_requests_per_batch
@@ -1269,11 +1248,14 @@ class Runner(batching.model_runner.ModelRunner):
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         super().compute_batch(model, batch_data)
-        requests = self.host_ios.requests_in_batch
-        states = [each.state for each in requests if each.has_new_token]
+        ios = self.inputs_and_outputs
+        # On a GPU there are two pairs, and the library prepares the next step in the
+        # other one meanwhile.
+        pairs = getattr(ios, "io_pairs", None)
+        host = pairs[ios.current_pair].host_io if pairs else ios
+        states = [each.state for each in host.requests_in_batch if each.has_new_token]
         sampled = {i: s for i, s in enumerate(states) if s.logit_processor_kwargs}
         if sampled:
-            ios = self.inputs_and_outputs
             with batching.utils.stream_context(ios.compute_stream):
                 rows, tokens = self.choose(sampled)
                 ios.output_ids[0, rows] = tokens.int()
@@ -1342,8 +1324,7 @@ class StepShape(NamedTuple):
     num_new_prompts: int  # rows, if no row has anything cached; otherwise 0
 
 
-@dataclass
-class ForwardContext:
+class ForwardContext(NamedTuple):
     """What attention has to know of the step. Passed through the model, it would have
     the layers compiled again for each step."""
 
@@ -1544,9 +1525,8 @@ def install_patches(device: torch.device, dtype: str, compile_layers: bool) -> s
         # 300 tokens. With a mask, a GPU has no fast kernel for that.
         os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
         return "sdpa"
-    paged = "block_table" in (getattr(varlen_attn, "__kwdefaults__", None) or {})
-    if dtype == "float32" or not paged:
-        logger.warning("no flash attention for float32 or this torch: 5 times slower")
+    if dtype == "float32":
+        logger.warning("no flash attention for float32: 5 times slower")
         return "sdpa"
     FlashRunner.compile_layers = compile_layers and can_compile()
     if compile_layers and not FlashRunner.compile_layers:

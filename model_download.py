@@ -89,6 +89,14 @@ def missing_files(folder: Path) -> list[str]:
     return problems
 
 
+def check_complete(folder: Path) -> None:
+    """Raise ValueError if `folder` lacks a file, or holds a damaged one."""
+    if missing := missing_files(folder):
+        lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
+        hint = "python model_download.py downloads phi-4, --demo needs no download"
+        raise ValueError(f"{folder} {lacks}: {hint}")
+
+
 def _json_problem(path: Path) -> str | None:
     if not path.is_file():
         return path.name

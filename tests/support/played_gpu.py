@@ -134,7 +134,6 @@ def gpu_model(
     patch: pytest.MonkeyPatch, compile_layers: bool = False, layers: int = 3
 ) -> transformers.PreTrainedModel:
     """That model with the GPU's attention."""
-    patch.setattr(api.varlen_attn, "__kwdefaults__", {"block_table": None})
     attention = api.install_patches(torch.device("cuda"), "bfloat16", compile_layers)
     patch.setattr(api, "varlen_attn", reference)
     patch.setattr(continuous_api, "ModelRunner", CpuRunner)
