@@ -311,6 +311,8 @@ class ModelList(BaseModel):
 # Types of fields that are accepted only at the value that changes nothing: any other
 # value would change the answer in a way that this server cannot.
 NeutralZero = Annotated[float, Field(ge=0, le=0)] | None
+NeutralFalse = Annotated[bool, Field(le=False)] | None
+NeutralOne = Annotated[int, Field(ge=1, le=1)] | None
 NeutralList = Annotated[list[Any], Field(max_length=0)] | None
 NeutralDict = Annotated[dict[str, Any], Field(max_length=0)] | None
 
@@ -327,9 +329,9 @@ class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXA
     max_tokens: TokenLimit = None
     max_completion_tokens: TokenLimit = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: NeutralOne = None
     response_format: TextFormat | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: NeutralFalse = None
     tools: NeutralList = None
     functions: NeutralList = None
     presence_penalty: NeutralZero = None
@@ -791,7 +793,7 @@ def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
     return details
 
 
-CONNECTION_CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
+CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
 
 
 class BoundedRequest(Request):
@@ -810,8 +812,7 @@ class BoundedRequest(Request):
                     elif size > 16 * limit:  # at once, a reset would overtake the 413
                         break
         except (TimeoutError, ClientDisconnect) as error:
-            why = "the body came too slowly"
-            raise HTTPException(408, why, CONNECTION_CLOSE) from error
+            raise HTTPException(408, "the body came too slowly", CLOSE) from error
         if size > limit:  # uvicorn reads the rest, if there is any, and drops it
             raise HTTPException(413, f"the body has over {limit} bytes")
 
@@ -1072,8 +1073,7 @@ class RequestMiddleware:
 def check_framing(request: Request) -> None:
     """Raises a 400 if a proxy could see another end of the body than this server."""
     if {"content-length", "transfer-encoding"} <= {*request.headers}:
-        why = "Content-Length beside Transfer-Encoding"
-        raise HTTPException(400, why, CONNECTION_CLOSE)
+        raise HTTPException(400, "Content-Length beside Transfer-Encoding", CLOSE)
 
 
 def end_request(request: Request, request_id: str, status: int, started: float) -> None:
