@@ -905,8 +905,7 @@ def wake_for_ping(generation: Generation) -> None:
     """Wake a stream every PING_SECONDS; with nothing new to send it sends a comment."""
     generation.changed.set()
     if not (generation.finish_reason or generation.error):
-        loop = asyncio.get_running_loop()
-        loop.call_later(PING_SECONDS, wake_for_ping, generation)
+        asyncio.get_running_loop().call_later(PING_SECONDS, wake_for_ping, generation)
 
 
 class ErrorBody(BaseModel):
@@ -1375,12 +1374,13 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
 
 
 class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
-    """Buffers of a step."""
+    """Buffers of a step. They come in pairs: what is prepared on the host is copied to
+    the device, where the library rounds the lengths up."""
 
-    min_kv_len = 0  # the warm-up pretends that so many tokens are cached
+    shape: StepShape  # on the device: set by FlashRunner from the host's lengths
+    min_kv_len = 0  # on the host: the warm-up pretends that so many tokens are cached
 
-    @property
-    def shape(self) -> StepShape:
+    def choose_shape(self) -> StepShape:
         num_tokens, max_seqlen_q = self.num_q_tokens, self.max_length_q
         (max_seqlen_k,) = self.max_length_k.values()
         if num_tokens > MAX_GRAPH_TOKENS:  # no graph: exactly this step's
@@ -1413,19 +1413,20 @@ class FlashRunner(Runner):
     error: Exception | None = None  # of a step, for the warm-up
 
     @property
-    def device_ios(self) -> FlashIOs:
+    def pair(self) -> batching.input_outputs.HostDeviceIOPair:
         ios = self.inputs_and_outputs
-        return ios.io_pairs[ios.current_pair].device_io
+        return ios.io_pairs[ios.current_pair]
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable, bool]:
         """What runs the step, and whether that is a CUDA graph."""
-        small = self.device_ios.shape.num_tokens <= MAX_GRAPH_TOKENS
+        shape = self.pair.device_io.shape = self.pair.host_io.choose_shape()
+        small = shape.num_tokens <= MAX_GRAPH_TOKENS
         return self._forward_process_and_sample, small and self.use_cuda_graph_varlen
 
     def _forward_process_and_sample(
         self, model: nn.Module, batch_data: dict[str, Any], *token_ids: Tensor
     ) -> None:
-        shape = self.device_ios.shape
+        shape = self.pair.device_io.shape
         (block_table,) = batch_data["block_table"]
         (positions,) = batch_data["position_ids"].long()
         cu_seqlens_q = batch_data["cu_seq_lens_q"]
@@ -1475,7 +1476,7 @@ class FlashRunner(Runner):
         for half in (1, 2):
             logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
             for num_tokens, past, min_kv_len in steps:
-                self.device_ios.min_kv_len = min_kv_len
+                self.pair.host_io.min_kv_len = min_kv_len
                 # The search makes a single row's matmuls 7% faster, in 14 seconds.
                 search = {"coordinate_descent_tuning": num_tokens == 1}
                 with torch._inductor.config.patch(search):

@@ -50,6 +50,8 @@ def reference(
     """`varlen_attn`, row by row; NaN where nothing is attended. Refuses what the kernel
     would get wrong."""
     PATHS.add((max_q == 1, block_table is not None, num_splits))
+    # A step in which all rows decode is known for one: the kernel has a faster way.
+    assert (max_q == 1) == (int(cu_seq_q.diff().max()) == 1)
     out = torch.full_like(query, torch.nan)
     for row in range(len(cu_seq_q) - 1):
         start, end = cu_seq_q[row : row + 2].tolist()
@@ -83,7 +85,7 @@ class CpuRunner(api.FlashRunner):
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple:
         found = super()._get_forward_fn(use_block_table)
-        shape = self.device_ios.shape
+        shape = self.pair.device_io.shape
         if shape.num_tokens <= api.MAX_GRAPH_TOKENS:
             SHAPES.add(shape)
         return found
