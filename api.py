@@ -51,7 +51,7 @@ import sysconfig
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,8 @@ from transformers.generation import continuous_batching as batching
 import model_download
 
 logger = logging.getLogger("phi4")
+# Exit codes for a supervisor; 0 is a clean end.
+EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, 2, 70
 # torchrun starts a process for each GPU: number 0 serves, the others follow it. RANK
 # without WORLD_SIZE is ignored.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -135,7 +137,7 @@ class Settings(BaseSettings):
     batch_tokens: int = Field(0, ge=0)
     """Most tokens in one forward pass. 0: 8192 on a GPU, 256 on a CPU."""
     prefix_sharing: bool = True
-    """Prefix caching: compute a shared beginning once. Timing shows what is cached."""
+    """Prefix caching: compute a shared beginning once. Timing reveals what is cached."""
     request_timeout: float = Field(300, gt=0)
     """Seconds until a request that is not finished is given up with a 504."""
     body_timeout: float = Field(30, gt=0)
@@ -173,7 +175,8 @@ class Settings(BaseSettings):
 # Wire format
 # ------------------------------------------------------------------------------
 
-# JSON can spell lone surrogates and UTF-8 cannot: the encoder's error is a ValueError.
+# JSON allows lone surrogates, UTF-8 does not. UnicodeEncodeError is a ValueError, so
+# pydantic answers that the field is wrong.
 Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenLimit = Annotated[int, Field(ge=1)] | None
@@ -308,8 +311,8 @@ class ModelList(BaseModel):
     data: list[dict[Literal["id", "object", "created", "owned_by"], str | int]]
 
 
-# Types of fields that are accepted only at the value that changes nothing: any other
-# value would change the answer in a way that this server cannot.
+# Types of fields that are accepted only at the value that has no effect. With another
+# value they would change the answer, and they are not supported here.
 NeutralZero = Annotated[float, Field(ge=0, le=0)] | None
 NeutralFalse = Annotated[bool, Field(le=False)] | None
 NeutralOne = Annotated[int, Field(ge=1, le=1)] | None
@@ -379,7 +382,7 @@ AnyChatRequest = ChatRequest | OpenAIRequest
 
 
 def unavailable(detail: str) -> HTTPException:
-    """Loading, full, restarting or leaving: trying again helps."""
+    """Loading, full, restarting or shutting down: trying again helps."""
     return HTTPException(503, detail, {"Retry-After": "1"})
 
 
@@ -405,12 +408,12 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.changed = asyncio.Event()  # set when there is more text, or an end
+        self.changed = asyncio.Event()  # set when there is more text, or it has ended
         self.arrived = time.monotonic()
         self.first_token = self.last_token = 0.0  # when they came; 0: not yet
 
     async def wait(self) -> None:
-        """Wait until there is more text, or an end. Raises what went wrong."""
+        """Wait until there is more text, or it has ended. Raises what went wrong."""
         await self.changed.wait()
         self.changed.clear()
         if self.error:
@@ -541,8 +544,8 @@ ENGINE_FAILED = "the engine failed and is restarting"
 
 
 class Engine:
-    """The requests in hand, on the event loop. `manager` is the library's, with the
-    generation thread that owns the model."""
+    """The event loop's side: it admits requests, tokenises them and delivers their text.
+    `manager`, of transformers, owns the generation thread, which owns the model."""
 
     manager: Any = None  # while loading
     device: torch.device | None = None
@@ -568,9 +571,10 @@ class Engine:
         return min(len(self.admitted), self.settings.max_in_flight)
 
     def load(self) -> None:
-        """Load the model and warm it up; takes seconds to minutes. To be called in a
-        thread that ends then and takes its OpenMP threads along: as long as they exist,
-        those of the generation thread sleep at every barrier."""
+        """Load the model and warm it up; takes seconds to minutes. Call this in a thread
+        of its own that ends afterwards: OpenMP keeps a pool of workers for each thread
+        that has computed, and while this one's is alive, the workers of the generation
+        thread sleep at every barrier."""
         settings = self.settings
         self.device = device = preflight(settings)
         gpu, dtype = device.type == "cuda", settings.dtype
@@ -593,7 +597,7 @@ class Engine:
             distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
             quantization_config=QUANTIZATION.get(settings.quantize),
         )
-        # A model can say more tokens than its tokenizer knows, not the other way round.
+        # A vocabulary may be padded beyond the tokenizer's, but it is never smaller.
         vocabulary_size = model.config.vocab_size
         if len(tokenizer) > vocabulary_size:
             raise ValueError("the tokenizer has more tokens than the model")
@@ -604,9 +608,9 @@ class Engine:
         manager.warmup()
         gc.enable()
         gc.freeze()  # or each full collection stops everyone for half a second
-        # Tokens of a prompt and its answer together.
         context = model.config.max_position_embeddings
-        self.capacity = min(context, cache_capacity(manager))
+        # In tokens, of a prompt and its answer together.
+        self.max_model_len = min(context, cache_capacity(manager))
         self.manager = manager
 
     @asynccontextmanager
@@ -663,12 +667,14 @@ class Engine:
         logger.error("generation died and is started again: %s", reason)
         self.release_all(unavailable(ENGINE_FAILED))
         await asyncio.to_thread(self.manager.join, time.perf_counter())
-        torch.get_device_module(self.device).synchronize(self.device)
+        synchronize = torch.get_device_module(self.device).synchronize
+        await asyncio.to_thread(synchronize, self.device)
         start_thread(self.manager, self.deliver)
 
     async def submit(self, body: AnyChatRequest, generation: Generation) -> None:
         """Admit a request, tokenise it and hand it to the generation thread: from then
-        on the generation grows. Raises HTTPException: 400, 499, 503 or 504."""
+        on the generation grows. Raises HTTPException (400, 499, 503, 504), and
+        ValueError for a tokenizer that does not fit the model."""
         self.admit(generation)
         tokens = await self.tokenize(body.turns(), generation)
         if generation.error:  # it was released meanwhile
@@ -709,25 +715,28 @@ class Engine:
         return tokens
 
     def apply_template(self, tokenizer: Any, turns: list[Turn]) -> list[int]:
-        """Control tokens inside a message stay text."""
+        """Token ids of the chat template. Control tokens inside a message stay text."""
         messages = [turn.model_dump() for turn in turns]
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
         return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
     def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens the answer may have. Raises a 400 if they do not fit."""
-        room = self.capacity - prompt_tokens
+        room = self.max_model_len - prompt_tokens
         limit = min(wanted or self.settings.max_new_tokens, room)
         if limit < (wanted or 1):
             need = f"{prompt_tokens} prompt tokens and {wanted or 'any'} new ones"
-            raise HTTPException(400, f"{need} do not fit in {self.capacity} tokens")
+            raise HTTPException(
+                400, f"{need} do not fit in {self.max_model_len} tokens"
+            )
         return limit
 
     def process_outputs(self, outputs: list[Any]) -> None:
         """Feed the generation thread's newest tokens to their generations."""
         for output in outputs:
             generation = self.admitted.get(output.request_id)
-            if generation is None:  # a cancel that overtakes its own request is lost
+            if generation is None:
+                # The library forgets a cancel that comes before its own request.
                 self.manager.cancel_request(output.request_id)
                 continue
             if output.error:
@@ -846,9 +855,8 @@ def check_key(request: Request) -> None:
 
 # Who may reach a route follows from the router it is declared on, method by method.
 # HTTPBearer only puts the key into the schema.
-secured = APIRouter(
-    route_class=SecuredRoute, dependencies=[Depends(HTTPBearer(auto_error=False))]
-)
+bearer = Depends(HTTPBearer(auto_error=False))
+secured = APIRouter(route_class=SecuredRoute, dependencies=[bearer])
 public = APIRouter()
 
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
@@ -889,7 +897,8 @@ async def stream_events(
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a generation whose first text is there."""
     sent, finished = 0, None
-    wake_for_ping(generation)  # a time limit for each wait would cost a tenth
+    # One timer for a stream: asyncio.timeout around each wait takes 10% of throughput.
+    wake_for_ping(generation)
     try:
         while not finished:
             await generation.wait()
@@ -963,10 +972,11 @@ async def models(request: Request) -> ModelList:
 async def health(request: Request, response: Response) -> Health:
     """200 when requests are answered; 503 while loading, down or leaving."""
     engine: Engine = request.app.state.engine
-    response.status_code = 200 if engine.status == "ok" else 503
+    status = engine.status
+    response.status_code = 200 if status == "ok" else 503
     note = " (demo model, not phi-4)" if engine.settings.demo else ""
     device = str(engine.device or engine.settings.device)
-    return Health(status=engine.status, model=engine.name + note, device=device)
+    return Health(status=status, model=engine.name + note, device=device)
 
 
 @public.get("/docs", include_in_schema=False)
@@ -987,9 +997,7 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = prometheus.CollectorRegistry()
-        process = prometheus.ProcessCollector, prometheus.GCCollector
-        for collector in (*process, prometheus.PlatformCollector):
-            collector(registry=registry)
+        prometheus.ProcessCollector(registry=registry)
         counter = partial(prometheus.Counter, registry=registry)
         histogram = partial(prometheus.Histogram, registry=registry)
         gauge = partial(prometheus.Gauge, registry=registry)
@@ -998,10 +1006,9 @@ class Metrics:
         self.requests = counter("phi4_requests", "Requests answered", labels)
         self.prompt_tokens = counter("phi4_prompt_tokens", "Tokens of prompts")
         self.new_tokens = counter("phi4_completion_tokens", "Tokens generated")
-        name = "phi4_time_to_first_token_seconds"
-        self.ttft = histogram(name, "Arrival to first token")
-        name = "phi4_time_per_output_token_seconds"
-        self.tpot = histogram(name, "Mean time of a later token")
+        ttft, tpot = "phi4_time_to_first_token", "phi4_time_per_output_token"
+        self.ttft = histogram(f"{ttft}_seconds", "Arrival to first token")
+        self.tpot = histogram(f"{tpot}_seconds", "Mean time of a later token")
         running = gauge("phi4_requests_in_flight", "Requests being generated")
         running.set_function(lambda: engine.num_running)
         waiting = gauge("phi4_requests_waiting", "Admitted requests without a place")
@@ -1055,16 +1062,16 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            with suppress(asyncio.CancelledError):  # the server has to leave
-                try:
-                    check_framing(request)
-                    await self.app(scope, receive, labelled_send)
-                except Exception as error:
-                    if not isinstance(error, HTTPException):
-                        logger.exception("%s failed", request_id)
-                    if not status:  # otherwise it is too late for another response
-                        response = await error_response(request, error)
-                        await response(scope, receive, labelled_send)
+            check_framing(request)
+            await self.app(scope, receive, labelled_send)
+        except asyncio.CancelledError:
+            logger.debug("%s ends, the server shuts down", request_id)
+        except Exception as error:
+            if not isinstance(error, HTTPException):
+                logger.exception("%s failed", request_id)
+            if not status:  # otherwise it is too late for another response
+                response = await error_response(request, error)
+                await response(scope, receive, labelled_send)
         finally:
             end_request(request, request_id, status or 500, started)
 
@@ -1085,7 +1092,7 @@ def end_request(request: Request, request_id: str, status: int, started: float) 
     generation: Generation | None = getattr(request.state, "generation", None)
     if generation:
         request.state.client_watch.cancel()
-        app.state.engine.release(generation)
+        app.state.engine.release(generation, HTTPException(499))  # if it runs still
         app.state.metrics.record(generation)
         line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
         line += f" first={generation.ttft:.3f}s"
@@ -1168,8 +1175,8 @@ def start_thread(manager: Any, deliver: Callable[[list[Any]], Any]) -> None:
     it has no last output."""
     manager.output_router.deliver_batch = deliver
     manager.output_router.deliver = lambda output: deliver([output])
-    # The thread inherits the mode. In this one tensors need not be watched, which a CPU
-    # notices: 3% of a step.
+    # The manager runs its thread in the mode of the caller of `start`. On a CPU, where
+    # inference mode saves 3% of a step, that is inference mode.
     with torch.inference_mode(manager.model.device.type == "cpu"):
         manager.start()
 
@@ -1234,7 +1241,10 @@ class Runner(batching.model_runner.ModelRunner):
     """Samples where SamplingParams ask for it. The library takes the likeliest token of
     every row; rows that want another choose again afterwards, outside of the CUDA
     graph, so that the others do not pay for it. (`per_request_processors` of the
-    library know neither seeds nor greedy beside sampled requests.)"""
+    library know neither seeds nor greedy beside sampled requests.)
+
+    On a GPU the next step is launched before this one's tokens are on the host: nothing
+    here may depend on them."""
 
     logits: Tensor | None = None  # (max_running, vocabulary), of the step's rows
 
@@ -1273,12 +1283,13 @@ class Runner(batching.model_runner.ModelRunner):
         table = torch.tensor(table, dtype=torch.float64)
         if device.type == "cuda":  # from other memory a copy waits for the GPU
             table = table.pin_memory().to(device, non_blocking=True)
-        rows, limits = table[:, 0].long(), table[:, 1:]
+        rows = table[:, 0].long()
+        temperature, top_p, top_k = table[:, 1:].split(1, dim=1)
         logits = self.logits[rows]
         noise = torch.empty_like(logits)
         for line, seed in zip(noise, seeds, strict=True):
             line.exponential_(generator=torch.Generator(device).manual_seed(seed))
-        return rows, sample(logits, noise, *limits.split(1, dim=1))
+        return rows, sample(logits, noise, temperature, top_p, top_k)
 
 
 def sample(
@@ -1304,8 +1315,10 @@ def sample(
 # From here on: attention and CUDA graphs of a GPU.
 
 PAGE_SIZE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
-# Steps of up to MAX_GRAPH_TOKENS tokens are CUDA graphs, one for each multiple of
-# GRAPH_STEP; larger ones keep the GPU busy for longer than their launches take.
+# Steps of up to MAX_GRAPH_TOKENS tokens are CUDA graphs: with prompts in them one for
+# each multiple of GRAPH_STEP; decoding one for each power of two of rows, to which the
+# library pads them, for short and for long contexts (see steps_to_prepare). Larger
+# steps keep the GPU busy for longer than their launches take.
 MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 64
 # One prompt of more than CUDNN_MIN_TOKENS tokens is cuDNN's, which takes half the time
 # but plans each new length for 60 ms, so it gets multiples of CUDNN_MULTIPLE.
@@ -1346,13 +1359,13 @@ def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
     cache.index_copy_(0, context.slot_mapping, kv)
     k, v = kv.chunk(2)  # enough if nothing is cached, and faster than pages
     if "block_table" in context.kernel_options:
-        # A page holds the keys of its tokens, and the next page their values.
+        # The library stores the keys of a block in one page and its values in the
+        # next. So the values are the same view, moved by a page.
         pages = cache.unflatten(0, (-1, PAGE_SIZE))
         k, v = pages[:-1], pages[1:]
     elif context.shape.num_new_prompts == 1 and len(q) > CUDNN_MIN_TOKENS:
         return attend_to_one_prompt(q, k, v, scale)
-    options = context.kernel_options
-    return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **options)
+    return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **context.kernel_options)
 
 
 def attend_to_one_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -1381,6 +1394,7 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     min_kv_len = 0  # on the host: the warm-up pretends that so many tokens are cached
 
     def choose_shape(self) -> StepShape:
+        """Upper bounds for steps that are CUDA graphs, so that there are few shapes."""
         num_tokens, max_seqlen_q = self.num_q_tokens, self.max_length_q
         (max_seqlen_k,) = self.max_length_k.values()
         if num_tokens > MAX_GRAPH_TOKENS:  # no graph: exactly this step's
@@ -1419,7 +1433,8 @@ class FlashRunner(Runner):
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable, bool]:
         """What runs the step, and whether that is a CUDA graph."""
-        shape = self.pair.device_io.shape = self.pair.host_io.choose_shape()
+        shape = self.pair.host_io.choose_shape()
+        self.pair.device_io.shape = shape
         small = shape.num_tokens <= MAX_GRAPH_TOKENS
         return self._forward_process_and_sample, small and self.use_cuda_graph_varlen
 
@@ -1431,8 +1446,8 @@ class FlashRunner(Runner):
         (positions,) = batch_data["position_ids"].long()
         cu_seqlens_q = batch_data["cu_seq_lens_q"]
         (cu_seqlens_k,) = batch_data["cu_seq_lens_k"].values()
-        # Padding belongs to a row after the last, whose block is -1. Clamped, that is
-        # a slot of no request.
+        # Tokens of padding index the row that is added here, with block -1. Clamped,
+        # that is slot 0, which the library gives to no request.
         index = torch.arange(len(positions), device=positions.device)
         row = torch.bucketize(index.to(cu_seqlens_q), cu_seqlens_q[1:], right=True)
         table = pad(block_table, (0, 0, 0, 1), value=-1)
@@ -1482,8 +1497,8 @@ class FlashRunner(Runner):
                 with torch._inductor.config.patch(search):
                     done = self.run_one_warmup(model, num_tokens, past)
                 if not done:
-                    cause = self.error or "too few --cache-tokens"
-                    why = f"warm-up with {num_tokens} tokens failed: {cause!r}"
+                    cause = repr(self.error or "see the warning before this line")
+                    why = f"warm-up with {num_tokens} tokens failed: {cause}"
                     raise RuntimeError(why) from self.error
             self.inputs_and_outputs.swap_io_pairs()
         self.cache.reset()
@@ -1554,9 +1569,6 @@ TP_PLAN = {
 # Entry points
 # ------------------------------------------------------------------------------
 
-# Exit codes for a supervisor; 0 is a clean end.
-EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, 2, 70
-
 
 class Server(uvicorn.Server):
     """uvicorn's server, which finishes what it has admitted before it shuts down.
@@ -1569,6 +1581,8 @@ class Server(uvicorn.Server):
     5. `Engine.lifespan`: the generation thread stops.
     6. `main` returns 0. uvicorn would raise the signal again if it stood in its
        `_captured_signals`, so `handle_exit` does not put it there.
+    While the model loads, the process ends at once with 0; a second signal ends it at
+    once with 128 and the signal's number.
     """
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -1655,7 +1669,6 @@ def main() -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
-    app = create_app(settings)
     # h11, because uvicorn's other parser has no limit for headers.
     options = {"http": "h11", "log_config": None, "timeout_graceful_shutdown": 5}
     if settings.demo:
@@ -1663,7 +1676,7 @@ def main() -> int:
     if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    Server(uvicorn.Config(app, **options)).run([listener])
+    Server(uvicorn.Config(create_app(settings), **options)).run([listener])
     return 0
 
 

@@ -90,7 +90,10 @@ class Forced:
 
     def compute_batch(self: Any, model: Any, batch: dict[str, Any]) -> None:
         super().compute_batch(model, batch)
-        ios, requests = self.inputs_and_outputs, self.host.requests_in_batch
+        ios = self.inputs_and_outputs
+        pairs = getattr(ios, "io_pairs", None)
+        host = pairs[ios.current_pair].host_io if pairs else ios
+        requests = host.requests_in_batch
         states = [each.state for each in requests if each.has_new_token]
         with api.batching.utils.stream_context(ios.compute_stream):
             for row, state in enumerate(states):
@@ -101,7 +104,7 @@ class Forced:
                 if at == len(tokens) - length:  # a step too far, begun before the end
                     continue
                 exact = self.reference[state.request_id][at]
-                self.errors[state.request_id][at] = compared(self.scores[row], exact)
+                self.errors[state.request_id][at] = compared(self.logits[row], exact)
                 ios.output_ids[0, row] = tokens[length + at]
 
 
