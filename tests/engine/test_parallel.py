@@ -154,7 +154,7 @@ def test_a_failure_is_not_mended_on_one_gpu_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(model=folder) as one:
-        monkeypatch.setattr(api, "GPUS", 2)
+        monkeypatch.setattr(api, "WORLD_SIZE", 2)
         one.gate.fail()
         assert one.post().status_code == 503
         assert wait_until(lambda: one.ended) == [api.EXIT_ENGINE]

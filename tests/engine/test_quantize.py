@@ -35,6 +35,6 @@ def test_what_cannot_be_quantized_is_refused(
     monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         api.preflight(settings)
-    monkeypatch.setattr(api, "GPUS", 2)
+    monkeypatch.setattr(api, "WORLD_SIZE", 2)
     with pytest.raises(ValueError, match="one GPU"):
         api.preflight(settings)
