@@ -284,7 +284,7 @@ def settings_table() -> str:
         option, default = name.replace("_", "-"), field.default
         if isinstance(default, bool):
             default = "on" if default else "off"
-        shown = f"`{default}`" if default != "" else "none"
+        shown = f"`{default}`" if default != "" else "(empty)"
         lines.append(f"| `--{option}` | {shown} | {field.description} |")
     return "\n".join(lines)
 
