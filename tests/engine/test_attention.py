@@ -163,6 +163,20 @@ def test_where_flash_attention_cannot_run_the_library_attends(
     assert len(caplog.records) == 1  # says what it costs
 
 
+def test_a_failed_warm_up_names_its_cause(
+    played_gpu: pytest.MonkeyPatch, served: transformers.PreTrainedModel
+) -> None:
+    """The library only logs it, and goes on to serve without that graph."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("no kernel image is available")
+
+    played_gpu.setattr(api, "varlen_attn", broken)
+    with pytest.raises(RuntimeError, match="no kernel image is available") as raised:
+        create_manager(served).warmup()
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
 @pytest.mark.parametrize(
     ("wanted", "able"), [(True, True), (True, False), (False, True), (False, False)]
 )

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from net import DEADLINE, free_port
 from server import ROOT, is_ready, running, spawned, wait_until
 from transformers import AutoTokenizer
+from transformers.generation.continuous_batching import continuous_api
 
 import api
 
@@ -269,3 +271,19 @@ def test_server_object_is_what_uvicorn_finds(tiny_folder: Path) -> None:
     finally:
         process.terminate()
         process.wait(DEADLINE)
+
+
+def test_a_slow_first_start_of_the_thread_is_no_failure(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library sets the number of the step, which is watched, only after this."""
+    reset = continuous_api.ContinuousBatchProcessor.reset
+
+    def slow(processor: Any) -> None:
+        time.sleep(1)
+        reset(processor)
+
+    monkeypatch.setattr(continuous_api.ContinuousBatchProcessor, "reset", slow)
+    with running(model=tiny_folder) as served:
+        assert served.works()
+        assert not served.ended
