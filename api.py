@@ -36,7 +36,6 @@ import asyncio
 import codecs
 import copy
 import gc
-import hashlib
 import importlib.util
 import json
 import logging
@@ -859,6 +858,7 @@ bearer = Depends(HTTPBearer(auto_error=False))
 secured = APIRouter(route_class=SecuredRoute, dependencies=[bearer])
 public = APIRouter()
 
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
@@ -874,9 +874,8 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     await engine.submit(body, generation)
     await generation.wait()
     if body.stream:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         events = stream_events(request, body, generation)
-        return EventSourceResponse(events, headers=headers)
+        return EventSourceResponse(events, headers=STREAM_HEADERS)
     while not generation.finish_reason:
         await generation.wait()
     headers = {"X-Finish-Reason": generation.finish_reason}
@@ -888,8 +887,8 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
 
 async def release_when_client_leaves(request: Request, generation: Generation) -> None:
     await request.receive()  # the body is there, so only a disconnect can come
-    left = HTTPException(499, "the client has left")
-    request.app.state.engine.release(generation, left)
+    engine: Engine = request.app.state.engine
+    engine.release(generation, HTTPException(499, "the client has left"))
 
 
 async def stream_events(
@@ -972,11 +971,11 @@ async def models(request: Request) -> ModelList:
 async def health(request: Request, response: Response) -> Health:
     """200 when requests are answered; 503 while loading, down or leaving."""
     engine: Engine = request.app.state.engine
-    status = engine.status
-    response.status_code = 200 if status == "ok" else 503
     note = " (demo model, not phi-4)" if engine.settings.demo else ""
     device = str(engine.device or engine.settings.device)
-    return Health(status=status, model=engine.name + note, device=device)
+    found = Health(status=engine.status, model=engine.name + note, device=device)
+    response.status_code = 200 if found.status == "ok" else 503
+    return found
 
 
 @public.get("/docs", include_in_schema=False)
@@ -1011,7 +1010,9 @@ class Metrics:
         self.tpot = histogram(f"{tpot}_seconds", "Mean time of a later token")
         running = gauge("phi4_requests_in_flight", "Requests being generated")
         running.set_function(lambda: engine.num_running)
-        waiting = gauge("phi4_requests_waiting", "Admitted requests without a place")
+        waiting = gauge(
+            "phi4_requests_waiting", "Admitted requests that wait for a place"
+        )
         waiting.set_function(lambda: len(engine.admitted) - engine.num_running)
         cache = gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
         cache.set_function(lambda: cache_usage(engine.manager))
@@ -1277,9 +1278,9 @@ class Runner(batching.model_runner.ModelRunner):
             table.append((row, params.temperature, params.top_p, params.top_k))
             # Nothing else in the batch has an influence, and the position is right
             # after a preemption, too. A CPU's generator looks at 32 bits of its seed,
-            # so they are hashed.
-            text = b"%d %d" % (params.seed, state.position_offset)
-            seeds.append(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
+            # so they are hashed; CPython's hash of integers is the same everywhere.
+            high, low = divmod(params.seed % 2**64, 2**32)
+            seeds.append(hash((high, low, state.position_offset)) % 2**63)
         table = torch.tensor(table, dtype=torch.float64)
         if device.type == "cuda":  # from other memory a copy waits for the GPU
             table = table.pin_memory().to(device, non_blocking=True)
@@ -1399,8 +1400,8 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
         (max_seqlen_k,) = self.max_length_k.values()
         if num_tokens > MAX_GRAPH_TOKENS:  # no graph: exactly this step's
             (total_seqlen_k,) = self.total_seqlen_k.values()
-            nothing_cached = total_seqlen_k == self.total_seqlen_q
-            num_new_prompts = self.num_request_in_batch if nothing_cached else 0
+            cached = total_seqlen_k > self.total_seqlen_q
+            num_new_prompts = 0 if cached else self.num_request_in_batch
             return StepShape(num_tokens, max_seqlen_q, max_seqlen_k, num_new_prompts)
         whole_table = self.block_table.shape[-1] * PAGE_SIZE
         if max_seqlen_q > 1:
@@ -1450,9 +1451,8 @@ class FlashRunner(Runner):
         # that is slot 0, which the library gives to no request.
         index = torch.arange(len(positions), device=positions.device)
         row = torch.bucketize(index.to(cu_seqlens_q), cu_seqlens_q[1:], right=True)
-        table = pad(block_table, (0, 0, 0, 1), value=-1)
-        block = table[row, positions // PAGE_SIZE]
-        slots = (block * PAGE_SIZE + positions % PAGE_SIZE).clamp(min=0)
+        block = pad(block_table, (0, 0, 0, 1), value=-1)[row, positions // PAGE_SIZE]
+        keys = (block * PAGE_SIZE + positions % PAGE_SIZE).clamp(min=0)
         options = {"cu_seq_q": cu_seqlens_q, "cu_seq_k": cu_seqlens_k}
         options |= {"max_q": shape.max_seqlen_q, "max_k": shape.max_seqlen_k}
         options |= {"window_size": (-1, 0), "num_splits": 1}  # causal
@@ -1463,7 +1463,7 @@ class FlashRunner(Runner):
                 options["num_splits"] = None  # the kernel's own choice
         if not shape.num_new_prompts:
             options |= {"seqused_k": cu_seqlens_k.diff(), "block_table": block_table}
-        slot_mapping = torch.cat((slots, slots + PAGE_SIZE))
+        slot_mapping = torch.cat((keys, keys + PAGE_SIZE))
         forward_context.set(ForwardContext(shape, slot_mapping, options))
         # `attend` writes the cache: given to the layers, the library's own would write
         # it again, and break the compiled layer in two.
@@ -1511,8 +1511,7 @@ class FlashRunner(Runner):
         room = min(cache.num_blocks - 1, cache.max_blocks_per_request) * PAGE_SIZE
         largest = min(cache.max_batch_tokens, room)
         prompts = [largest, *range(min(MAX_GRAPH_TOKENS, largest), 0, -GRAPH_STEP)]
-        powers = {2**exponent for exponent in range(max_rows.bit_length())}
-        decode = sorted({max_rows, *powers}, reverse=True)
+        decode = sorted({max_rows, *(2**n for n in range(max_rows.bit_length()))})[::-1]
         steps = [(tokens, 0, 0) for tokens in prompts]
         for min_kv_len in (SPLIT_KV_ABOVE + 1, 0):  # 0 is last, and stays
             steps += [(rows, None, min_kv_len) for rows in decode]
@@ -1669,6 +1668,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
+    app = create_app(settings)  # which sets the level of the log
     # h11, because uvicorn's other parser has no limit for headers.
     options = {"http": "h11", "log_config": None, "timeout_graceful_shutdown": 5}
     if settings.demo:
@@ -1676,7 +1676,7 @@ def main() -> int:
     if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     logger.info("listening on http://%s:%d", settings.host, settings.port)
-    Server(uvicorn.Config(create_app(settings), **options)).run([listener])
+    Server(uvicorn.Config(app, **options)).run([listener])
     return 0
 
 

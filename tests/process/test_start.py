@@ -287,3 +287,10 @@ def test_a_slow_first_start_of_the_thread_is_no_failure(
     with running(model=tiny_folder) as served:
         assert served.works()
         assert not served.ended
+
+
+def test_the_log_says_where_it_listens(tiny_folder: Path) -> None:
+    with spawned("--model", str(tiny_folder), "--device", "cpu") as process:
+        lines = process.log().splitlines()
+    [told] = [line for line in lines if "listening on" in line]
+    assert f":{process.port}" in told
