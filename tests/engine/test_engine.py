@@ -127,6 +127,10 @@ def test_a_token_that_the_tokenizer_does_not_know_is_no_text(tmp_path: Path) -> 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     model.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
     with torch.no_grad():
+        # The new rows are random, and not by the seed: feature 0 carries the bias.
+        model.model.embed_tokens.weight[len(tokenizer) :, 0] = 1.0
+        model.lm_head.weight[len(tokenizer) :] = 0.0
+        model.lm_head.weight[len(tokenizer) :, 0] = tiny.IMPOSSIBLE
         model.lm_head.weight[len(tokenizer) + 7, 0] = tiny.CERTAIN
     model.save_pretrained(tmp_path)
     with running(model=tmp_path) as padded:
