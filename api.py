@@ -738,7 +738,7 @@ class Engine:
                 # The library forgets a cancel that comes before its own request.
                 self.manager.cancel_request(output.request_id)
                 continue
-            if output.error:
+            if output.error is not None:  # it may be empty
                 self.release(generation, unavailable(ENGINE_FAILED))
                 continue
             generation.last_token = time.monotonic()
@@ -1182,10 +1182,11 @@ def start_thread(manager: Any, deliver: Callable[[list[Any]], Any]) -> None:
         manager.start()
 
 
-def why_down(manager: Any) -> str:
-    """Why the thread takes no more requests; empty if it does."""
+def why_down(manager: Any) -> str | None:
+    """Why the thread takes no more requests; None if it does."""
     status = manager.background_thread_status
-    return str(status.fatal_error or status.can_accept_new_requests() or "")
+    reason = status.can_accept_new_requests()
+    return repr(status.fatal_error) if status.fatal_error else reason
 
 
 def steps_done(manager: Any) -> int:
