@@ -162,6 +162,7 @@ class Settings(BaseSettings):
         """Fill in the defaults that depend on the device."""
         self.max_in_flight = self.max_in_flight or (128 if gpu else 16)
         self.batch_tokens = self.batch_tokens or (8192 if gpu else 256)
+        # On a GPU it stays 0: what is left of its memory.
         self.cache_tokens = self.cache_tokens or (0 if gpu else 16384)
         if self.max_waiting < 0:
             self.max_waiting = 2 * self.max_in_flight
@@ -809,7 +810,7 @@ class BoundedRequest(Request):
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Raises HTTPException: 408 or 413."""
-        settings, size = self.app.state.settings, 0
+        settings, size = self.app.state.engine.settings, 0
         limit = settings.max_body_bytes
         try:
             async with asyncio.timeout(settings.body_timeout):
@@ -845,7 +846,7 @@ def check_key(request: Request) -> None:
     """Raises a 401 without a valid key, where keys are set."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-    keys = request.app.state.settings.keys()
+    keys = request.app.state.engine.settings.keys()
     matches = [secrets.compare_digest(given, key) for key in keys]  # constant time
     if keys and not any(matches):
         why = "send a valid API key: Authorization: Bearer KEY"
@@ -981,7 +982,7 @@ async def health(request: Request, response: Response) -> Health:
 @public.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> Response:
     """The try-it page."""
-    assets = request.app.state.settings.docs_assets.rstrip("/")
+    assets = request.app.state.engine.settings.docs_assets.rstrip("/")
     return get_swagger_ui_html(
         title=request.app.title,
         openapi_url="openapi.json",
@@ -1119,7 +1120,7 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
         redoc_url=None,
         exception_handlers=dict.fromkeys(ERRORS, error_response),
     )
-    app.state.settings, app.state.engine = settings, engine
+    app.state.engine = engine
     app.state.metrics = Metrics(engine)
     app.include_router(secured)
     app.include_router(public)
@@ -1418,8 +1419,7 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     ) -> None:
         """With the block table, which the library leaves out where a row has several
         new tokens."""
-        use_block_table = True
-        super().prepare_batch_tensors(requests, processors, use_block_table, *sizes)
+        super().prepare_batch_tensors(requests, processors, True, *sizes)
 
 
 class FlashRunner(Runner):
@@ -1472,7 +1472,9 @@ class FlashRunner(Runner):
         super()._forward_process_and_sample(model, batch_data, *token_ids)
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
-        """Keep the cause of a failed step, which `run_one_warmup` only logs."""
+        """Keep the cause of a failed step, which `run_one_warmup` only logs; until the
+        next step, for it holds the tensors of its frames."""
+        self.error = None
         try:
             super().compute_batch(model, batch_data)
         except Exception as error:

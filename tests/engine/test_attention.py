@@ -177,6 +177,33 @@ def test_a_failed_warm_up_names_its_cause(
     assert isinstance(raised.value.__cause__, ValueError)
 
 
+def test_the_error_of_a_step_is_kept_no_longer_than_until_the_next(
+    played_gpu: pytest.MonkeyPatch, served: transformers.PreTrainedModel
+) -> None:
+    """It holds the frames of the step, and with them a GPU's memory."""
+    manager = create_manager(served)
+    manager.warmup()
+    runner, kernel = manager.batch_processor.model_runner, api.varlen_attn
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("out of memory")
+
+    played_gpu.setattr(api, "varlen_attn", broken)
+    manager.start()
+    try:
+        manager.add_request([5, 6, 7], "lost", max_new_tokens=2)
+        assert "out of memory" in manager.get_result(timeout=60).error
+        manager.join(time.perf_counter())
+        assert isinstance(runner.error, ValueError)
+        played_gpu.setattr(api, "varlen_attn", kernel)
+        manager.start()
+        manager.add_request([5, 6, 7], "next", max_new_tokens=2)
+        assert results(manager, {"next"})
+        assert runner.error is None
+    finally:
+        manager.stop(block=True, timeout=30)
+
+
 @pytest.mark.parametrize(
     ("wanted", "able"), [(True, True), (True, False), (False, True), (False, False)]
 )
