@@ -36,40 +36,44 @@ import asyncio
 import codecs
 import copy
 import gc
-import importlib.util
+import ipaddress
 import json
 import logging
 import math
 import os
 import re
 import secrets
-import shutil
+import select
 import signal
 import socket
-import sysconfig
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 # cuBLASLt multiplies few rows faster than cuBLAS. torch reads this when imported.
 os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
 
-import prometheus_client as prometheus
+import h11
+import pydantic
 import torch
 import transformers
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
+from fastapi_offline import FastAPIOffline
+from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -81,22 +85,50 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import modeling_flash_attention_utils as flash
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import continuous_batching as batching
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import model_download
+from model_download import RANK, WORLD_SIZE
 
 logger = logging.getLogger("phi4")
 # Exit codes for a supervisor; 0 is a clean end.
 EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, 2, 70
-# torchrun starts a process for each GPU: number 0 serves, the others follow it. RANK
-# without WORLD_SIZE is ignored.
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-RANK = int(os.environ.get("RANK", "0")) % WORLD_SIZE
+
+
+class StderrHandler(logging.Handler):
+    """Drops lines that nobody reads, where StreamHandler would wait for ever."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        # A pipe that can be written to has room for 4096 bytes at least.
+        for start in range(0, len(data), 4096):
+            if os.name == "nt" or select.select([], [2], [], 0)[1]:
+                os.write(2, data[start : start + 4096])
+
+
+def start_logging() -> None:
+    """Log to stderr, unless logging has been set up already."""
+    if not logging.root.handlers:
+        line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(format=line, handlers=[StderrHandler()])
+        transformers.logging.disable_default_handler()
+        transformers.logging.enable_propagation()
+
 
 # ------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """The parts of a setting that are separated by commas or white space."""
+    return text.replace(",", " ").split()
+
+
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Address = Annotated[str, AfterValidator(lambda host: host.strip("[]"))]
+Prefix = Annotated[str, AfterValidator(lambda path: f"/{path.strip('/')}".rstrip("/"))]
 
 
 class Settings(BaseSettings):
@@ -105,26 +137,29 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="PHI4_",
+        validate_default=False,
         use_attribute_docstrings=True,
         cli_kebab_case=True,
         cli_implicit_flags=True,
     )
-    model: Path = Path("models/LLM-Research/phi-4")
+    model: Folder = Path("models/LLM-Research/phi-4")
     """Folder with the model's files (python model_download.py fetches them)."""
     demo: bool = False
     """Serve SmolLM2-135M instead: a small demo model that runs on any machine."""
-    host: str = "0.0.0.0"
+    host: Address = "0.0.0.0"
     """Address to listen on; 127.0.0.1 keeps the server private to this machine."""
     port: int = Field(6006, ge=1, le=65535)
     """TCP port to listen on."""
+    root_path: Prefix = ""
+    """Path prefix under which a proxy serves this, such as /phi4."""
+    allowed_hosts: str = ""
+    """Without a key: other names this server has, separated by commas; * is any."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N. auto is the GPU; the demo also takes the CPU."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
-    compile: bool = True
-    """Compile the layers on a GPU: up to 30 s once, then a quarter faster."""
     max_new_tokens: int = Field(512, ge=1)
     """Default max_new_tokens of a request."""
     max_in_flight: int = Field(0, ge=0, le=1024)
@@ -140,7 +175,7 @@ class Settings(BaseSettings):
     request_timeout: float = Field(300, gt=0)
     """Seconds until a request that is not finished is given up with a 504."""
     body_timeout: float = Field(30, gt=0)
-    """Seconds a client may take to send its request body (408 after that)."""
+    """Seconds a client may take to send a request, or to take what it is sent."""
     drain_timeout: float = Field(30, ge=0)
     """Seconds that answers in flight get to finish after SIGTERM or Ctrl-C."""
     stall_timeout: float = Field(120, gt=0)
@@ -153,8 +188,6 @@ class Settings(BaseSettings):
     """Web pages that may ask from a browser: exact origins, separated by commas."""
     served_model_name: str = ""
     """Name of the model in answers. Default: the name of its folder."""
-    docs_assets: str = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5"
-    """Address that /docs loads Swagger UI from."""
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
@@ -167,8 +200,18 @@ class Settings(BaseSettings):
         if self.max_waiting < 0:
             self.max_waiting = 2 * self.max_in_flight
 
-    def keys(self) -> list[bytes]:
-        return self.api_key.replace(",", " ").encode().split()
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def without_accidents(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """An empty value, as compose files make them, is the default; so is what
+        Kubernetes puts into PHI4_PORT where a Service is named phi4."""
+        name = info.field_name
+        if name == "api_key" and not words(value):
+            raise ValueError("is empty; without it, anyone who can connect may ask")
+        from_kubernetes = name == "port" and str(value).startswith("tcp://")
+        if value == "" or from_kubernetes:
+            return cls.model_fields[name].default
+        return value
 
 
 # ------------------------------------------------------------------------------
@@ -225,6 +268,18 @@ class SamplingFields(Strict):
         return SamplingParams(self.temperature, self.top_p or 1, self.top_k or 0, seed)
 
 
+# Ends of lines for Unicode, though not for server-sent events: clients that read line
+# by line with their language's own function would cut the JSON there.
+LINE_ENDS = re.compile("\u0085|\u2028|\u2029".encode())
+
+
+def sse(data: bytes, event: bytes = b"") -> bytes:
+    """A server-sent event whose data is JSON."""
+    data = LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
+    name = b"event: %b\n" % event if event else b""
+    return b"%bdata: %b\n\n" % (name, data)
+
+
 class ChatResponse(BaseModel):
     """The answer of `POST /`: exactly these keys."""
 
@@ -256,11 +311,13 @@ class ChatRequest(SamplingFields, json_schema_extra=CHAT_EXAMPLE):
         return ChatResponse(response=generation.text, history=turns, time=now)
 
     def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
-        """Data of the next server-sent events; `sent` characters are out already."""
+        """The next server-sent events; `sent` characters are out already."""
         if delta := generation.text[sent:]:
-            yield b'{"delta": %b}' % to_json(delta)
+            yield sse(b'{"delta": %b}' % to_json(delta))
         if generation.finish_reason:
-            yield to_json(self.to_response(generation))
+            yield sse(to_json(self.to_response(generation)))
+            end = {"finish_reason": generation.finish_reason} | generation.usage()
+            yield sse(to_json(end), b"end")
 
 
 class StreamOptions(Strict, extra="ignore"):
@@ -355,12 +412,12 @@ class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXA
         return ChatCompletion(choices=[choice], **fields)
 
     def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
-        """Data of the next server-sent events; `sent` characters are out already."""
+        """The next server-sent events; `sent` characters are out already."""
         fields = generation.openai_fields | {"object": "chat.completion.chunk"}
 
         def chunk(delta: dict[str, str], reason: FinishReason | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            return to_json(fields | {"choices": [choice]})
+            return sse(to_json(fields | {"choices": [choice]}))
 
         if not sent:
             yield chunk({"role": "assistant", "content": ""})
@@ -369,8 +426,9 @@ class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXA
         if generation.finish_reason:
             yield chunk({}, generation.finish_reason)
             if self.stream_options and self.stream_options.include_usage:
-                yield to_json(fields | {"choices": [], "usage": generation.usage()})
-            yield b"[DONE]"
+                usage = {"choices": [], "usage": generation.usage()}
+                yield sse(to_json(fields | usage))
+            yield sse(b"[DONE]")
 
 
 AnyChatRequest = ChatRequest | OpenAIRequest
@@ -461,86 +519,12 @@ class Generation:
         return self.first_token - self.arrived if self.first_token else 0.0
 
 
-# How --quantize stores the weights of linear layers, with bitsandbytes.
-QUANTIZATION = {
-    "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
-    "int4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": "bfloat16",
-    },
-}
-QUANTIZED_SIZE = {"none": 1.0, "int8": 0.55, "int4": 0.35}  # of that in bfloat16
-
-
-def preflight(settings: Settings) -> torch.device:
-    """The device. Raises ValueError for what can be known before loading."""
-    device = settings.device
-    if not settings.demo:
-        model_download.check_complete(settings.model)
-    if settings.quantize != "none":
-        if WORLD_SIZE > 1:
-            raise ValueError("--quantize works on one GPU, not under torchrun")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("--quantize needs: pip install bitsandbytes==0.50.2")
-    if device == "auto":
-        on_cpu = settings.demo and not torch.cuda.is_available()
-        device = "cpu" if on_cpu else f"cuda:{RANK}"
-    if device != "cpu":
-        check_gpu(device, settings)
-    return torch.device(device)
-
-
-def check_gpu(device: str, settings: Settings) -> None:
-    """Raises ValueError if the GPU does not work, or cannot hold the model."""
-    try:
-        name = torch.cuda.get_device_name(device)  # torch explains old drivers well
-    except (AssertionError, RuntimeError) as error:
-        hint = "README: which torch for which driver. Without a GPU, --demo works"
-        why = f"{device} with torch {torch.__version__}: {error}"
-        raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
-    float32 = settings.dtype == "float32"
-    if torch.cuda.get_device_capability(device) < (8, 0) and not float32:
-        hint = "--dtype float32 runs on it, slowly, in twice the memory"
-        raise ValueError(f"{name} has no bfloat16 (compute capability 8.0). {hint}")
-    files = [] if settings.demo else settings.model.glob("*.safetensors")
-    weights = sum(file.stat().st_size for file in files) / WORLD_SIZE
-    weights *= QUANTIZED_SIZE[settings.quantize] * (2 if float32 else 1)
-    needed, free = weights / 2**30 + 2, torch.cuda.mem_get_info(device)[0] / 2**30
-    if free < needed:
-        raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
-
-
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer. Early copies of phi-4 name the wrong one in their
-    config, so <|im_end|> and <|endoftext|> end one wherever the tokenizer has them."""
-    vocabulary, configured = tokenizer.get_vocab(), model.generation_config.eos_token_id
-    ends = {vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>")}
-    ends |= set(configured) if isinstance(configured, list) else {configured}
-    return sorted(ends - {None})
-
-
-def bytes_of_tokens(tokenizer: Any, ends: list[int], size: int) -> list[bytes | None]:
-    """The bytes of `size` token ids: none for control tokens, None for the end tokens.
-    Raises KeyError for a tokenizer that is not byte-level."""
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    added = tokenizer.added_tokens_decoder
-    table: list[bytes | None] = [b""] * size
-    for token, index in tokenizer.get_vocab().items():
-        if index in ends:
-            table[index] = None
-        elif index not in added:
-            table[index] = bytes(byte_of[character] for character in token)
-        elif not added[index].special:
-            table[index] = token.encode()
-    return table
-
-
-# A conversation of up to so many characters is tokenised on the event loop: it takes a
-# millisecond or two, as long as handing it to a thread takes when many arrive at once.
-# A turn costs as much as so many more characters.
-INLINE_CHARS, TURN_CHARS = 2048, 50
+# Characters of a long conversation, where each turn counts as so many more.
+LONG_CHARS, TURN_CHARS = 32768, 50
+# Text has 1 to 5 characters to a token. What has more than this is refused unread.
+MAX_CHARS_PER_TOKEN = 16
 ENGINE_FAILED = "the engine failed and is restarting"
+MAX_FAILURES = 3  # of the engine, in a row, without an answer between them
 
 
 class Engine:
@@ -558,7 +542,7 @@ class Engine:
         self.name = settings.served_model_name or Path(folder).name
         self.phase: Literal["loading", "serving", "draining"] = "loading"
         self.admitted: dict[str, Generation] = {}  # running or waiting, by id
-        self.tokenizer_pool = ThreadPoolExecutor(1)  # a tokenizer is not thread-safe
+        self.failures = 0
 
     @property
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
@@ -576,7 +560,7 @@ class Engine:
         that has computed, and while this one's is alive, the workers of the generation
         thread sleep at every barrier."""
         settings = self.settings
-        self.device = device = preflight(settings)
+        self.device = device = model_download.preflight(settings)
         gpu, dtype = device.type == "cuda", settings.dtype
         settings.resolve(gpu)
         if dtype == "auto":
@@ -586,23 +570,21 @@ class Engine:
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, device, dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.loop_tokenizer, self.pool_tokenizer = tokenizer, copy.deepcopy(tokenizer)
+        # One for long conversations, which delay only each other.
+        pair = tokenizer, copy.deepcopy(tokenizer)  # a tokenizer is not thread-safe
+        self.tokenizers = [(ThreadPoolExecutor(1), each) for each in pair]
         logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
-        attention = install_patches(device, dtype, settings.compile)
+        attention = install_patches(device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
             device_map=device if WORLD_SIZE == 1 else None,
             distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
-            quantization_config=QUANTIZATION.get(settings.quantize),
+            **model_download.QUANTIZATION[settings.quantize],
         )
-        # A vocabulary may be padded beyond the tokenizer's, but it is never smaller.
-        vocabulary_size = model.config.vocab_size
-        if len(tokenizer) > vocabulary_size:
-            raise ValueError("the tokenizer has more tokens than the model")
-        ends = end_token_ids(model, tokenizer)
-        self.token_bytes = bytes_of_tokens(tokenizer, ends, vocabulary_size)
+        ends = model_download.end_token_ids(model, tokenizer)
+        self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
         manager = create_manager(model, ends, settings)
         gc.disable()  # nothing else may touch the GPU while a graph is captured
         manager.warmup()
@@ -616,6 +598,7 @@ class Engine:
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Runs as long as the app is served, and loads the model at its start."""
+        start_logging()
         supervision = asyncio.create_task(self.supervise())
         yield
         supervision.cancel()
@@ -647,15 +630,16 @@ class Engine:
     async def watch(self) -> None:
         """Give up requests that take too long, and restart a generation thread that
         died. Raises TimeoutError for one that hangs: a thread cannot be ended."""
-        settings, steps, moved = self.settings, -1, time.monotonic()
+        settings, before, moved = self.settings, -1, time.monotonic()
         late = f"not finished after {settings.request_timeout:g} seconds"
         while True:
             await asyncio.sleep(0.1)
             self.release_all(HTTPException(504, late), settings.request_timeout)
+            steps, busy = progress(self.manager)
             if self.status == "down":
                 await self.restart()
-            elif steps != steps_done(self.manager) or not has_work(self.manager):
-                steps, moved = steps_done(self.manager), time.monotonic()
+            elif steps != before or not busy:
+                before, moved = steps, time.monotonic()
             elif time.monotonic() - moved > settings.stall_timeout:
                 raise TimeoutError("no forward pass in --stall-timeout seconds")
 
@@ -664,6 +648,9 @@ class Engine:
         reason = why_down(self.manager)
         if WORLD_SIZE > 1:  # all processes have to start again
             raise RuntimeError(f"a process of {WORLD_SIZE} has failed: {reason}")
+        self.failures += 1
+        if self.failures > MAX_FAILURES:
+            raise RuntimeError(f"generation died {self.failures} times: {reason}")
         logger.error("generation died and is started again: %s", reason)
         self.release_all(unavailable(ENGINE_FAILED))
         await asyncio.to_thread(self.manager.join, time.perf_counter())
@@ -697,19 +684,22 @@ class Engine:
         self.admitted[generation.id] = generation
 
     async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
-        """Token ids of a conversation. Raises ValueError if the model cannot embed them
-        and the generation's error if it was released before its turn came."""
+        """Token ids of a conversation. Raises a 400 for one that is far too long,
+        ValueError if the model cannot embed them, and the generation's error if it was
+        released before its turn came."""
+        size = sum(TURN_CHARS + len(turn.content) for turn in turns)
+        if size > MAX_CHARS_PER_TOKEN * self.max_model_len:
+            why = f"{size} characters do not fit in {self.max_model_len} tokens"
+            raise HTTPException(400, why)
+        pool, tokenizer = self.tokenizers[size > LONG_CHARS]
 
         def in_thread() -> list[int]:
             if generation.error:
                 raise generation.error
-            return self.apply_template(self.pool_tokenizer, turns)
+            return self.apply_template(tokenizer, turns)
 
-        if sum(TURN_CHARS + len(turn.content) for turn in turns) <= INLINE_CHARS:
-            tokens = self.apply_template(self.loop_tokenizer, turns)
-        else:
-            loop = asyncio.get_running_loop()
-            tokens = await loop.run_in_executor(self.tokenizer_pool, in_thread)
+        loop = asyncio.get_running_loop()
+        tokens = await loop.run_in_executor(pool, in_thread)
         if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         return tokens
@@ -750,6 +740,7 @@ class Engine:
             if output.is_finished():
                 generation.finish("length")
             if generation.finish_reason:
+                self.failures = 0
                 self.release(generation)
 
     def release(self, generation: Generation, error: Exception | None = None) -> None:
@@ -774,7 +765,8 @@ class Engine:
 
 async def error_response(request: Request, error: Any) -> Response:
     """An error as FastAPI's JSON, or as OpenAI's on its routes."""
-    openai, param = request.url.path.startswith("/v1/"), None
+    path = request.scope["path"].removeprefix(request.scope["root_path"])
+    openai, param = path.startswith("/v1/"), None
     status = getattr(error, "status_code", 500)
     detail = message = getattr(error, "detail", "internal error: see the server's log")
     if isinstance(error, RequestValidationError):
@@ -782,7 +774,8 @@ async def error_response(request: Request, error: Any) -> Response:
         detail = validation_details(error)
         deepest = max(detail, key=lambda each: len(each["loc"]))
         param = ".".join(map(str, deepest["loc"][1:])) or None
-        message = f"{param or 'body'}: {deepest['msg']}"
+        message = f"{param or 'the body'}: {deepest['msg']}"
+    request.state.why = message  # for the log
     kind = "invalid_request_error" if status < 500 else "server_error"
     parts = {"message": message, "type": kind, "param": param, "code": None}
     content = {"error": parts} if openai else {"detail": detail}
@@ -798,11 +791,16 @@ def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
     for each in error.errors()[:16]:
         kept = {key: each[key] for key in ("type", "loc", "msg", "ctx") if key in each}
         kept["loc"] = [part for part in each["loc"] if "[" not in str(part)]
+        if each["type"] == "json_invalid":
+            kept |= {"loc": ["body"], "msg": f"send JSON: {each['ctx']['error']}"}
+        elif kept["loc"] == ["body"]:
+            kept["msg"] = "send a JSON object, with Content-Type: application/json"
         details.append(kept)
     return details
 
 
 CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
+MAX_FIELDS = 10_000  # of a body; a context of 16384 tokens holds 4,000
 
 
 class BoundedRequest(Request):
@@ -810,20 +808,28 @@ class BoundedRequest(Request):
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Raises HTTPException: 408 or 413."""
-        settings, size = self.app.state.engine.settings, 0
-        limit = settings.max_body_bytes
+        settings: Settings = self.app.state.engine.settings
+        limit, size = settings.max_body_bytes, 0
         try:
             async with asyncio.timeout(settings.body_timeout):
                 async for piece in super().stream():
                     size += len(piece)
-                    if size <= limit:
-                        yield piece
-                    elif size > 16 * limit:  # at once, a reset would overtake the 413
-                        break
+                    if size > limit:  # Protocol drops the rest
+                        raise HTTPException(413, f"the body has over {limit} bytes")
+                    yield piece
         except (TimeoutError, ClientDisconnect) as error:
             raise HTTPException(408, "the body came too slowly", CLOSE) from error
-        if size > limit:  # uvicorn reads the rest, if there is any, and drops it
-            raise HTTPException(413, f"the body has over {limit} bytes")
+
+    async def json(self) -> Any:
+        """Raises a 400 for another encoding, and for more fields than can be validated
+        in an instant; ValueError for what is not JSON."""
+        if len(re.findall(rb'"\s*:', await self.body())) > MAX_FIELDS:
+            raise HTTPException(400, f"the body has over {MAX_FIELDS} fields")
+        try:
+            return await super().json()
+        except (UnicodeDecodeError, RecursionError) as error:
+            why = f"send JSON in UTF-8, not compressed ({error})"
+            raise HTTPException(400, why) from error
 
 
 class SecuredRoute(APIRoute):
@@ -846,8 +852,9 @@ def check_key(request: Request) -> None:
     """Raises a 401 without a valid key, where keys are set."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-    keys = request.app.state.engine.settings.keys()
-    matches = [secrets.compare_digest(given, key) for key in keys]  # constant time
+    keys = words(request.app.state.engine.settings.api_key)
+    # In constant time.
+    matches = [secrets.compare_digest(given, key.encode()) for key in keys]
     if keys and not any(matches):
         why = "send a valid API key: Authorization: Bearer KEY"
         raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
@@ -864,7 +871,8 @@ PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
 async def reply(request: Request, body: AnyChatRequest) -> Response:
-    """JSON, or a stream once its first text is there; errors before that are plain."""
+    """JSON, or a stream once its first text is there, or after PING_SECONDS; errors
+    before that are plain."""
     engine: Engine = request.app.state.engine
     generation = Generation(engine.name, body.stop)
     logger.debug("%s is asked %r", generation.id, body)
@@ -873,6 +881,9 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     leaving = release_when_client_leaves(request, generation)
     request.state.client_watch = asyncio.create_task(leaving)
     await engine.submit(body, generation)
+    (await request.json()).clear()  # all that is needed of it is in `body`
+    if body.stream:
+        asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
     await generation.wait()
     if body.stream:
         events = stream_events(request, body, generation)
@@ -895,26 +906,30 @@ async def release_when_client_leaves(request: Request, generation: Generation) -
 async def stream_events(
     request: Request, body: AnyChatRequest, generation: Generation
 ) -> AsyncIterator[bytes]:
-    """Server-sent events of a generation whose first text is there."""
+    """Server-sent events from the beginning of a generation to its end."""
     sent, finished = 0, None
-    # One timer for a stream: asyncio.timeout around each wait takes 10% of throughput.
-    wake_for_ping(generation)
     try:
         while not finished:
-            await generation.wait()
-            events = [b"data: %b\n\n" % e for e in body.to_events(generation, sent)]
+            events: Iterable[bytes] = [b": ping\n\n"]
+            if len(generation.text) > sent or generation.finish_reason:
+                events = body.to_events(generation, sent)
+            data = b"".join(events)
             sent, finished = len(generation.text), generation.finish_reason
-            yield b"".join(events) or b": ping\n\n"
+            yield data
+            if not finished:
+                await generation.wait()
     except HTTPException as error:
         response = await error_response(request, error)
-        yield b"event: error\ndata: %b\n\n" % response.body
+        yield sse(response.body, b"error")
 
 
-def wake_for_ping(generation: Generation) -> None:
-    """Wake a stream every PING_SECONDS; with nothing new to send it sends a comment."""
-    generation.changed.set()
-    if not (generation.finish_reason or generation.error):
-        asyncio.get_running_loop().call_later(PING_SECONDS, wake_for_ping, generation)
+def ping(engine: Engine, generation: Generation) -> None:
+    """Wake a stream, now and every PING_SECONDS; with nothing new to send it sends a
+    comment. One timer for a stream: asyncio.timeout around each wait takes 10% of the
+    throughput."""
+    if generation.id in engine.admitted:
+        generation.changed.set()
+        asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
 
 
 class ErrorBody(BaseModel):
@@ -931,24 +946,19 @@ class Health(BaseModel):
     device: str
 
 
-def documented_responses(error: type[BaseModel]) -> dict[int | str, Any]:
-    """The other responses of a chat route, for the schema."""
-    codes = 400, 401, 408, 413, 500, 503, 504
-    stream = {200: {"content": {"text/event-stream": {}}}}
-    return stream | {code: {"model": error} for code in codes}
+STREAM = {200: {"content": {"text/event-stream": {}}}}
+ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
+OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
 
 
-CHAT_RESPONSES = documented_responses(ErrorBody)
-# "default" keeps FastAPI from adding its own 422: these routes answer 400.
-OPENAI_RESPONSES = documented_responses(OpenAIErrorBody)
-OPENAI_RESPONSES["default"] = {"model": OpenAIErrorBody}
-
-
-@secured.post("/", response_model=ChatResponse, responses=CHAT_RESPONSES)
+@secured.post("/", response_model=ChatResponse, responses=STREAM | ERRORS)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
     `{"delta": "..."}` for each piece of text, then the whole answer."""
     return await reply(request, body)
+
+
+OPENAI_RESPONSES = STREAM | OPENAI_ERRORS
 
 
 @secured.post(
@@ -959,7 +969,7 @@ async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     return await reply(request, body)
 
 
-@secured.get("/v1/models", responses={401: {"model": OpenAIErrorBody}})
+@secured.get("/v1/models", responses=OPENAI_ERRORS)
 async def models(request: Request) -> ModelList:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
@@ -979,65 +989,36 @@ async def health(request: Request, response: Response) -> Health:
     return found
 
 
-@public.get("/docs", include_in_schema=False)
-async def docs(request: Request) -> Response:
-    """The try-it page."""
-    assets = request.app.state.engine.settings.docs_assets.rstrip("/")
-    return get_swagger_ui_html(
-        title=request.app.title,
-        openapi_url="openapi.json",
-        swagger_js_url=f"{assets}/swagger-ui-bundle.js",
-        swagger_css_url=f"{assets}/swagger-ui.css",
-        swagger_favicon_url=f"{assets}/favicon-32x32.png",
-    )
+REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
+PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
+NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
+TTFT = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
+TPOT = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
+RUNNING = Gauge("phi4_requests_in_flight", "Requests being generated")
+WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
+CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 
 
-class Metrics:
-    """The figures of one app, in a registry of its own."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.registry = registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=registry)
-        counter = partial(prometheus.Counter, registry=registry)
-        histogram = partial(prometheus.Histogram, registry=registry)
-        gauge = partial(prometheus.Gauge, registry=registry)
-
-        labels = ["route", "status"]
-        self.requests = counter("phi4_requests", "Requests answered", labels)
-        self.prompt_tokens = counter("phi4_prompt_tokens", "Tokens of prompts")
-        self.new_tokens = counter("phi4_completion_tokens", "Tokens generated")
-        ttft, tpot = "phi4_time_to_first_token", "phi4_time_per_output_token"
-        self.ttft = histogram(f"{ttft}_seconds", "Arrival to first token")
-        self.tpot = histogram(f"{tpot}_seconds", "Mean time of a later token")
-        running = gauge("phi4_requests_in_flight", "Requests being generated")
-        running.set_function(lambda: engine.num_running)
-        waiting = gauge(
-            "phi4_requests_waiting", "Admitted requests that wait for a place"
-        )
-        waiting.set_function(lambda: len(engine.admitted) - engine.num_running)
-        cache = gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
-        cache.set_function(lambda: cache_usage(engine.manager))
-
-    def record(self, generation: Generation) -> None:
-        """Count a generation that has ended."""
-        new = generation.completion_tokens
-        self.prompt_tokens.inc(generation.prompt_tokens)
-        self.new_tokens.inc(new)
-        if new:
-            self.ttft.observe(generation.ttft)
-        if new > 1:
-            seconds = generation.last_token - generation.first_token
-            self.tpot.observe(seconds / (new - 1))
+def count(generation: Generation) -> None:
+    """Add a generation that has ended to the figures."""
+    new = generation.completion_tokens
+    PROMPT_TOKENS.inc(generation.prompt_tokens)
+    NEW_TOKENS.inc(new)
+    if new:
+        TTFT.observe(generation.ttft)
+    if new > 1:
+        TPOT.observe((generation.last_token - generation.first_token) / (new - 1))
 
 
-METRICS_RESPONSES = {200: {"content": {"text/plain": {}}}, 401: {"model": ErrorBody}}
-
-
-@secured.get("/metrics", response_class=Response, responses=METRICS_RESPONSES)
+@secured.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
-    text = prometheus.generate_latest(request.app.state.metrics.registry)
-    return Response(text, media_type=prometheus.exposition.CONTENT_TYPE_LATEST)
+    engine: Engine = request.app.state.engine
+    RUNNING.set(engine.num_running)
+    WAITING.set(len(engine.admitted) - engine.num_running)
+    CACHE.set(cache_usage(engine.manager))
+    text = exposition.generate_latest()
+    return Response(text, media_type=exposition.CONTENT_TYPE_LATEST)
 
 
 class RequestMiddleware:
@@ -1065,6 +1046,7 @@ class RequestMiddleware:
 
         try:
             check_framing(request)
+            check_host(request)
             await self.app(scope, receive, labelled_send)
         except asyncio.CancelledError:
             logger.debug("%s ends, the server shuts down", request_id)
@@ -1084,50 +1066,68 @@ def check_framing(request: Request) -> None:
         raise HTTPException(400, "Content-Length beside Transfer-Encoding", CLOSE)
 
 
+def check_host(request: Request) -> None:
+    """Raises a 403 where there is no key and Host is a name that is not this machine's:
+    a web page whose name was made to lead here (DNS rebinding) would be answered."""
+    settings: Settings = request.app.state.engine.settings
+    names = words(f"localhost {socket.gethostname()} {settings.allowed_hosts}".lower())
+    host = request.headers.get("host") or "localhost"  # HTTP/1.0 needs none
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        if not settings.api_key and not {name, "*"} & {*names}:
+            ipaddress.ip_address(name)
+    except ValueError as error:
+        why = f"this is not the server {host!r}: see --allowed-hosts"
+        raise HTTPException(403, why, CLOSE) from error
+
+
 def end_request(request: Request, request_id: str, status: int, started: float) -> None:
     """Free the place of a request that has ended in whatever way, count and log it."""
     app = request.app
     route = getattr(request.scope.get("route"), "path", "other")
-    app.state.metrics.requests.labels(route, status).inc()
+    REQUESTS.labels(route, status).inc()
     path = request.scope["raw_path"].decode("latin-1")  # cannot hold a line break
-    line = f"{request_id} {request.method} {path} {status}"
+    line = f"{request_id} {request.method} {path[:200]} {status}"
     generation: Generation | None = getattr(request.state, "generation", None)
     if generation:
         request.state.client_watch.cancel()
         app.state.engine.release(generation, HTTPException(499))  # if it runs still
-        app.state.metrics.record(generation)
+        count(generation)
         line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
         line += f" first={generation.ttft:.3f}s"
         logger.debug("%s answers %r", generation.id, generation.text)
+    if why := getattr(request.state, "why", None):
+        line += f" why={why[:200]!a}"
     level = logging.DEBUG if path == "/health" else logging.INFO
     logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
 
 
-ERRORS = StarletteHTTPException, RequestValidationError
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
 def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastAPI:
     """The application; when its lifespan starts it loads the model, if nobody has."""
-    settings = settings or Settings()
+    settings = settings or read_settings()
     logger.setLevel(settings.log_level.upper())
     engine = Engine(settings)
-    app = FastAPI(
+    handled = StarletteHTTPException, RequestValidationError
+    app = FastAPIOffline(
         title="phi-4 chat server",
         description=DEMO_NOTE if settings.demo else f"Serving {engine.name}.",
+        root_path=settings.root_path,
         lifespan=engine.lifespan,
-        docs_url=None,
         redoc_url=None,
-        exception_handlers=dict.fromkeys(ERRORS, error_response),
+        redirect_slashes=False,  # it would lead to whatever Host says
+        exception_handlers=dict.fromkeys(handled, error_response),
     )
     app.state.engine = engine
-    app.state.metrics = Metrics(engine)
     app.include_router(secured)
     app.include_router(public)
     app.add_middleware(RequestMiddleware, sends_id=sends_id)
-    if origins := settings.cors_origins.replace(",", " ").split():
-        allowed = {"allow_methods": ["*"], "allow_headers": ["*"]}
-        app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
+    if origins := words(settings.cors_origins):
+        lists = "allow_methods", "allow_headers", "expose_headers"
+        options = {name: ["*"] for name in lists}
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **options)
     return app
 
 
@@ -1190,15 +1190,12 @@ def why_down(manager: Any) -> str | None:
     return repr(status.fatal_error) if status.fatal_error else reason
 
 
-def steps_done(manager: Any) -> int:
-    """Forward passes since the thread's start, which has yet to set the number."""
-    return getattr(manager, "current_batch", 0)
-
-
-def has_work(manager: Any) -> bool:
-    """Whether requests run or wait, those of clients who have given up included."""
+def progress(manager: Any) -> tuple[int, bool]:
+    """Forward passes since the thread's start, which has yet to set the number, and
+    whether requests run or wait, those of clients who have given up included."""
     running = manager.batch_processor.has_pending_requests()
-    return running or not manager.input_queue.empty()
+    busy = running or not manager.input_queue.empty()
+    return getattr(manager, "current_batch", 0), busy
 
 
 def cache_capacity(manager: Any) -> int:
@@ -1426,7 +1423,6 @@ class FlashRunner(Runner):
     """Runs steps in a few fixed shapes, all of them prepared by `warmup`."""
 
     compile_layers: bool  # set by install_patches
-    error: Exception | None = None  # of a step, for the warm-up
 
     @property
     def pair(self) -> batching.input_outputs.HostDeviceIOPair:
@@ -1471,16 +1467,6 @@ class FlashRunner(Runner):
         batch_data = batch_data | {"cache": None}
         super()._forward_process_and_sample(model, batch_data, *token_ids)
 
-    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
-        """Keep the cause of a failed step, which `run_one_warmup` only logs; until the
-        next step, for it holds the tensors of its frames."""
-        self.error = None
-        try:
-            super().compute_batch(model, batch_data)
-        except Exception as error:
-            self.error = error
-            raise
-
     def warmup(self, model: nn.Module) -> None:
         """Compile the layers and capture every graph, for both sets of buffers.
         Raises RuntimeError if a step fails."""
@@ -1499,10 +1485,8 @@ class FlashRunner(Runner):
                 search = {"coordinate_descent_tuning": num_tokens == 1}
                 with torch._inductor.config.patch(search):
                     done = self.run_one_warmup(model, num_tokens, past)
-                if not done:
-                    cause = repr(self.error or "see the warning before this line")
-                    why = f"warm-up with {num_tokens} tokens failed: {cause}"
-                    raise RuntimeError(why) from self.error
+                if not done:  # the library has logged why
+                    raise RuntimeError(f"warm-up with {num_tokens} tokens failed")
             self.inputs_and_outputs.swap_io_pairs()
         self.cache.reset()
 
@@ -1521,17 +1505,10 @@ class FlashRunner(Runner):
         return steps
 
 
-def can_compile() -> bool:
-    """Whether Triton, a C compiler and Python's headers are there; it needs all."""
-    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    header = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return compiler and header and importlib.util.find_spec("triton") is not None
-
-
 FLASH = "torch_flash_2"  # the library decodes from pages for names like ".*flash.*2"
 
 
-def install_patches(device: torch.device, dtype: str, compile_layers: bool) -> str:
+def install_patches(device: torch.device) -> str:
     """Put Runner or FlashRunner in the place of the library's, which cannot be told to
     use another. To be called before the model is made. Returns the name of its
     attention implementation: FLASH, or "sdpa" where that cannot run."""
@@ -1543,11 +1520,8 @@ def install_patches(device: torch.device, dtype: str, compile_layers: bool) -> s
         # 300 tokens. With a mask, a GPU has no fast kernel for that.
         os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
         return "sdpa"
-    if dtype == "float32":
-        logger.warning("no flash attention for float32: 5 times slower")
-        return "sdpa"
-    FlashRunner.compile_layers = compile_layers and can_compile()
-    if compile_layers and not FlashRunner.compile_layers:
+    FlashRunner.compile_layers = model_download.can_compile()
+    if not FlashRunner.compile_layers:
         logger.warning("no gcc, Python headers or Triton: about a fifth slower")
     # The library looks whether flash attention of this name is loaded, and whether it
     # has a function that reads pages; it calls the one that is registered.
@@ -1570,6 +1544,65 @@ TP_PLAN = {
 # ------------------------------------------------------------------------------
 # Entry points
 # ------------------------------------------------------------------------------
+
+
+MAX_HEAD_BYTES, MAX_CONNECTIONS = 8192, 1000
+CLIENT_SECONDS = 10  # for a head, and to stop sending after a response
+
+
+class BoundedConnection(h11.Connection):
+    """Refuses a body in many tiny chunks: each takes a step in Python."""
+
+    num_chunks = num_bytes = 0
+
+    def next_event(self) -> Any:
+        """Raises RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.num_chunks = self.num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.num_chunks += 1
+            self.num_bytes += len(event.data)
+            if self.num_chunks > 256 and self.num_bytes < 256 * self.num_chunks:
+                raise h11.RemoteProtocolError("chunks are too small")
+        return event
+
+
+class Protocol(H11Protocol):
+    """uvicorn's side of a connection, which no client can keep busy or open for long."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = BoundedConnection(h11.SERVER, MAX_HEAD_BYTES)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        close = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(CLIENT_SECONDS, close)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """uvicorn stops the clock at any byte; here only a whole head of a request stops
+        it, and nothing that comes after a response."""
+        if self.conn.our_state in (h11.SEND_RESPONSE, h11.SEND_BODY):
+            super()._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        """In pieces, for h11 looks at the size of incomplete heads only."""
+        for start in range(0, len(data), MAX_HEAD_BYTES):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + MAX_HEAD_BYTES])
+
+    def handle_events(self) -> None:
+        """uvicorn stops reading when a second request follows one that is not answered,
+        and would not see the client leave. Here it may send 64 KiB of that."""
+        try:
+            super().handle_events()
+        except h11.LocalProtocolError:  # a 400 when the response has begun
+            self.transport.abort()
+        if self.conn.their_state is h11.DONE and self.flow.read_paused:
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > 65536:
+                self.transport.abort()
 
 
 class Server(uvicorn.Server):
@@ -1614,72 +1647,59 @@ def follow(settings: Settings) -> int:
     return 0
 
 
-def ray_app(args: dict[str, Any]) -> Any:
-    """The application of `serve run api:ray_app replicas=2 ...`, on a Ray cluster.
+def read_settings(command_line: bool = False) -> Settings:
+    """The settings of the environment and, if asked for, of the command line. Ends the
+    process with EXIT_WRONG_START and a line for each that is wrong."""
+    options = {arg.partition("=")[0] for arg in sys.argv} if command_line else set()
+    try:
+        return Settings(_cli_parse_args=command_line)
+    except ValidationError as error:
+        start_logging()
+        for each in error.errors():
+            name = str(each["loc"][0])
+            source = "--" + name.replace("_", "-")
+            if source not in options:
+                source = f"environment variable PHI4_{name.upper()}"
+            logger.error("%s, %r: %s", source, each["input"], each["msg"])
+        sys.exit(EXIT_WRONG_START)
 
-    `args` are settings; `replicas`; `max_replicas`, up to which requests in flight add
-    more; `cpus` of each. Each has a GPU, except with demo or device=cpu. Raises
-    ValueError for a wrong one.
-    """
-    from ray import serve
 
-    cpus = float(args.pop("cpus", 1))
-    replicas = args.pop("replicas", 1)
-    scale = {"min_replicas": replicas}
-    scale["max_replicas"] = args.pop("max_replicas", replicas)
-    settings = Settings(**args)
-    settings.model = settings.model.absolute()
-    gpu = settings.device != "cpu" and not settings.demo
-    settings.resolve(gpu)
-    max_admitted = settings.max_in_flight + settings.max_waiting
-    router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-
-    def replica() -> FastAPI:
-        logger.parent = logging.getLogger("ray.serve")
-        app = create_app(settings, sends_id=False)  # Ray sends it
-        # Ray takes the end of this function for ready.
-        ThreadPoolExecutor(1).submit(app.state.engine.load).result()
-        return app
-
-    return serve.deployment(
-        serve.ingress(replica)(),
-        ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
-        autoscaling_config=scale | {"target_ongoing_requests": settings.max_in_flight},
-        request_router_config={"request_router_class": router},
-        max_ongoing_requests=max_admitted,
-        max_queued_requests=max_admitted,
-        backpressure_config={"retry_after_s": 1},
-        graceful_shutdown_timeout_s=settings.drain_timeout + 5,
-    ).bind()
+def listen(host: str, port: int) -> socket.socket:
+    """Raises ValueError if that is not possible."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        dual = host == "::" and socket.has_dualstack_ipv6()  # of IPv4, too
+        return socket.create_server((host, port), family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        hint = "free that port, or give another --port or --host"
+        why = f"cannot listen on --host {host} --port {port}: {error.strerror}"
+        raise ValueError(f"{why}; {hint}") from error
 
 
 def main() -> int:
     """Run the server from the command line. Returns the exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
+    settings = read_settings(command_line=True)
     try:
-        settings = Settings(_cli_parse_args=True)
-        preflight(settings)
+        model_download.preflight(settings)
         if RANK:
             return follow(settings)
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server((settings.host, settings.port), family=family)
-    except ValidationError as error:
-        for each in error.errors():
-            option = str(each["loc"][0]).replace("_", "-")
-            logger.error("--%s: %s, not %r", option, each["msg"], each["input"])
-        return EXIT_WRONG_START
+        listener = listen(settings.host, settings.port)
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return EXIT_WRONG_START
     app = create_app(settings)  # which sets the level of the log
-    # h11, because uvicorn's other parser has no limit for headers.
-    options = {"http": "h11", "log_config": None, "timeout_graceful_shutdown": 5}
+    # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
+    options: dict[str, Any] = {"http": Protocol, "ws": "none", "log_config": None}
+    options |= {"timeout_keep_alive": CLIENT_SECONDS, "timeout_graceful_shutdown": 5}
     if settings.demo:
         logger.warning(DEMO_NOTE)
-    if not settings.keys() and settings.host not in ("127.0.0.1", "::1", "localhost"):
+    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
-    logger.info("listening on http://%s:%d", settings.host, settings.port)
-    Server(uvicorn.Config(app, **options)).run([listener])
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    logger.info("listening on http://%s:%d", host, settings.port)
+    config = uvicorn.Config(app, limit_concurrency=MAX_CONNECTIONS, **options)
+    Server(config).run([listener])
     return 0
 
 

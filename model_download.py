@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Download the weights that api.py serves, and check that they are all there.
+"""Download the weights that api.py serves, and check that they are all there and that
+this machine can serve them.
 
     python model_download.py                        phi-4 (29 GB) from ModelScope
     python model_download.py --source huggingface   the same from Hugging Face
@@ -19,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import zipfile
 from contextlib import suppress
@@ -26,6 +28,10 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # torch, transformers and the hubs' clients are imported where they are used, so that
 # --help and a start of api.py do not wait for them.
@@ -310,6 +316,119 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stops)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------
+# What a folder needs of this machine, and what its files say
+# ------------------------------------------------------------------------------
+
+# torchrun starts a process for each GPU: number 0 serves, the others follow it. RANK
+# without WORLD_SIZE is ignored.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0")) % WORLD_SIZE
+# How api.py --quantize stores the weights of linear layers, with bitsandbytes: what
+# `from_pretrained` takes.
+INT8 = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+INT4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+INT4["bnb_4bit_compute_dtype"] = "bfloat16"
+QUANTIZATION: dict[str, dict[str, Any]] = {
+    "none": {},
+    "int8": {"quantization_config": INT8},
+    "int4": {"quantization_config": INT4},
+}
+QUANTIZED_SIZE = {"none": 1.0, "int8": 0.55, "int4": 0.35}  # of that in bfloat16
+
+
+def preflight(settings: Any) -> "torch.device":
+    """The device on which api.py serves with these settings.
+
+    Raises ValueError for what can be known to fail before loading.
+    """
+    import torch
+
+    device, method = settings.device, None
+    if not settings.demo:
+        check_complete(settings.model)
+        method = quantization_method(settings.model)
+    if settings.quantize != "none":
+        if method:
+            raise ValueError(f"--quantize: {settings.model} is quantized already")
+        method = "bitsandbytes"
+    if method and WORLD_SIZE > 1:
+        raise ValueError("quantized weights work on one GPU, not under torchrun")
+    if method == "bitsandbytes" and importlib.util.find_spec(method) is None:
+        raise ValueError("quantized weights need: pip install bitsandbytes==0.50.2")
+    if device == "auto":
+        on_cpu = settings.demo and not torch.cuda.is_available()
+        device = "cpu" if on_cpu else f"cuda:{RANK}"
+    if device != "cpu":
+        _check_gpu(device, settings)
+    return torch.device(device)
+
+
+def quantization_method(folder: Path) -> str | None:
+    """The method by which the weights in a folder have been quantized, if any."""
+    config = json.loads((folder / "config.json").read_bytes())
+    return (config.get("quantization_config") or {}).get("quant_method")
+
+
+def _check_gpu(device: str, settings: Any) -> None:
+    """Raise ValueError if the GPU does not work, or cannot hold the model."""
+    import torch
+
+    try:
+        name = torch.cuda.get_device_name(device)  # torch explains old drivers well
+    except (AssertionError, RuntimeError) as error:
+        hint = "README: which torch for which driver. Without a GPU, --demo works"
+        why = f"{device} with torch {torch.__version__}: {error}"
+        raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{name} has no bfloat16 (compute capability 8.0)")
+    if settings.dtype == "float32":
+        raise ValueError("--dtype float32 is for --device cpu")
+    files = [] if settings.demo else settings.model.glob("*.safetensors")
+    weights = sum(file.stat().st_size for file in files) / WORLD_SIZE
+    weights *= QUANTIZED_SIZE[settings.quantize]
+    needed, free = weights / 2**30 + 2, torch.cuda.mem_get_info(device)[0] / 2**30
+    if free < needed:
+        raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
+
+
+def can_compile() -> bool:
+    """Whether Triton, a C compiler and Python's headers are there; it needs all."""
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    header = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return compiler and header and importlib.util.find_spec("triton") is not None
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer. Early copies of phi-4 name the wrong one in their
+    config, so <|im_end|> and <|endoftext|> end one wherever the tokenizer has them."""
+    vocabulary, configured = tokenizer.get_vocab(), model.generation_config.eos_token_id
+    ends = {vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>")}
+    ends |= set(configured) if isinstance(configured, list) else {configured}
+    return sorted(ends - {None})
+
+
+def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes | None]:
+    """The bytes of each token id: none for control tokens, None for the end tokens.
+
+    Raises KeyError for a tokenizer that is not byte-level, and IndexError for one that
+    has more tokens.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    added = tokenizer.added_tokens_decoder
+    table: list[bytes | None] = [b""] * model.config.vocab_size
+    for token, index in tokenizer.get_vocab().items():
+        if index in ends:
+            table[index] = None
+        elif index not in added:
+            table[index] = bytes(byte_of[character] for character in token)
+        elif not added[index].special:
+            table[index] = token.encode()
+    return table
 
 
 # ------------------------------------------------------------------------------

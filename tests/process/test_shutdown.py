@@ -94,7 +94,7 @@ def test_no_answer_is_waited_for_longer_than_the_drain_timeout(start):
 
 def test_an_idle_server_leaves_although_connections_are_open(start):
     server = start()
-    half = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+    half = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
     with net.connect(server.url, half), requests.Session() as kept:
         kept.get(server.url + "/health")
         server.send_signal(signal.SIGTERM)

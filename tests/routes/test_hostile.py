@@ -313,7 +313,7 @@ def test_of_a_field_given_twice_the_last_counts(server, path):
 # ------------------------------------------------------------------------------
 
 
-CLOSE = b"Host: a\r\nConnection: close\r\n"
+CLOSE = b"Host: localhost\r\nConnection: close\r\n"
 GET = b"GET /health HTTP/1.1\r\n" + CLOSE
 POST = b"POST / HTTP/1.1\r\n" + CLOSE
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -359,8 +359,8 @@ def test_broken_http_is_refused(server, name):
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
 def test_a_body_is_not_read_as_the_next_request(server, method):
-    inner = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
-    outer = method + b" /health HTTP/1.1\r\nHost: a\r\n"
+    inner = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    outer = method + b" /health HTTP/1.1\r\nHost: localhost\r\n"
     outer += b"Content-Length: %d\r\n\r\n" % len(inner)
     answer = net.exchanged(server.url, outer + inner + GET + b"\r\n")
     assert answer.count(b"HTTP/1.1 ") == 2 and b" 404 " not in answer
@@ -372,7 +372,7 @@ def test_a_length_beside_chunks_ends_the_connection(server, first):
     """RFC 9112, 6.1: a proxy that counts otherwise would take what follows for part of
     this request, so what follows must not be read as another."""
     both = [b"Content-Length: 5\r\n", CHUNKED]
-    head = b"POST / HTTP/1.1\r\nHost: a\r\n" + b"".join(
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(
         both if first == "length" else both[::-1]
     )
     answer = net.exchanged(server.url, head + b"\r\n0\r\n\r\n" + GET + b"\r\n")
@@ -402,7 +402,7 @@ STRANGE_HTTP = {
     "OPTIONS *": b"OPTIONS * HTTP/1.1\r\n" + CLOSE + b"\r\n",
     "a strange type": POST + b"Content-Type: \xff;;\r\nContent-Length: 2\r\n\r\n{}",
     "a form": POST + b"Content-Type: multipart/form-data\r\nContent-Length: 1\r\n\r\n{",
-    "a web socket": b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\n"
+    "a web socket": b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
     b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
 }

@@ -159,7 +159,7 @@ def test_the_time_limit_counts_waiting_and_frees_the_place(tiny_folder):
         assert served.works()
 
 
-HEAD = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_half_sent_requests_hold_no_place(tiny_folder):
@@ -234,7 +234,7 @@ def test_a_thousand_idle_connections(shared):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
     with contextlib.ExitStack() as stack:
         for number in range(1000):
-            half = b"POST / HTTP/1.1\r\nHost: a\r\n" if number % 2 else b""
+            half = b"POST / HTTP/1.1\r\nHost: localhost\r\n" if number % 2 else b""
             stack.enter_context(connect(shared.url, half))
         assert requests.get(shared.url + "/health", timeout=DEADLINE).status_code == 200
         assert shared.works()

@@ -282,7 +282,7 @@ def serving(wait: bool, options: dict[str, Any]) -> Iterator[Running]:
     ended: list[int] = []
     engine.exit = ended.append  # the real one would end the tests
     port = free_port()
-    as_main = {"http": "h11", "log_config": None}
+    as_main = {"http": api.Protocol, "ws": "none", "log_config": None}
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, **as_main))
     loops: list[asyncio.AbstractEventLoop] = []
 
