@@ -48,7 +48,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -59,6 +59,9 @@ from urllib.parse import urlsplit
 
 # cuBLASLt multiplies few rows faster than cuBLAS. torch reads this when imported.
 os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
+# How long threads of a CPU spin at a barrier before they sleep. More is faster alone, and
+# far slower where other programs want the cores: see tests/results/reliability.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import h11
 import pydantic
@@ -135,13 +138,9 @@ class Settings(BaseSettings):
     """Serve phi-4 over HTTP. Every option is an environment variable too:
     --max-new-tokens can be given as PHI4_MAX_NEW_TOKENS."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PHI4_",
-        validate_default=False,
-        use_attribute_docstrings=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-    )
+    model_config = SettingsConfigDict(env_prefix="PHI4_", validate_default=False)
+    model_config |= {"use_attribute_docstrings": True}
+    model_config |= {"cli_kebab_case": True, "cli_implicit_flags": True}
     model: Folder = Path("models/LLM-Research/phi-4")
     """Folder with the model's files (python model_download.py fetches them)."""
     demo: bool = False
@@ -324,10 +323,6 @@ class StreamOptions(Strict, extra="ignore"):
     include_usage: bool | None = None
 
 
-class TextFormat(Strict, extra="ignore"):
-    type: Literal["text"]
-
-
 class TextPart(Strict, extra="ignore"):
     type: Literal["text"]
     text: Text
@@ -390,7 +385,7 @@ class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXA
     max_completion_tokens: TokenLimit = None
     stream_options: StreamOptions | None = None
     n: NeutralOne = None
-    response_format: TextFormat | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
     logprobs: NeutralFalse = None
     tools: NeutralList = None
     functions: NeutralList = None
@@ -698,8 +693,7 @@ class Engine:
                 raise generation.error
             return self.apply_template(tokenizer, turns)
 
-        loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(pool, in_thread)
+        tokens = await asyncio.get_running_loop().run_in_executor(pool, in_thread)
         if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         return tokens
@@ -814,11 +808,14 @@ class BoundedRequest(Request):
             async with asyncio.timeout(settings.body_timeout):
                 async for piece in super().stream():
                     size += len(piece)
-                    if size > limit:  # Protocol drops the rest
-                        raise HTTPException(413, f"the body has over {limit} bytes")
-                    yield piece
+                    if size <= limit:
+                        yield piece
+                    elif size > 16 * limit:  # at once, a reset would overtake the 413
+                        break
         except (TimeoutError, ClientDisconnect) as error:
             raise HTTPException(408, "the body came too slowly", CLOSE) from error
+        if size > limit:  # Protocol reads the rest, if there is any, and drops it
+            raise HTTPException(413, f"the body has over {limit} bytes")
 
     async def json(self) -> Any:
         """Raises a 400 for another encoding, and for more fields than can be validated
@@ -899,8 +896,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
 
 async def release_when_client_leaves(request: Request, generation: Generation) -> None:
     await request.receive()  # the body is there, so only a disconnect can come
-    engine: Engine = request.app.state.engine
-    engine.release(generation, HTTPException(499, "the client has left"))
+    request.app.state.engine.release(generation, HTTPException(499, "the client left"))
 
 
 async def stream_events(
@@ -910,10 +906,9 @@ async def stream_events(
     sent, finished = 0, None
     try:
         while not finished:
-            events: Iterable[bytes] = [b": ping\n\n"]
+            data = b": ping\n\n"
             if len(generation.text) > sent or generation.finish_reason:
-                events = body.to_events(generation, sent)
-            data = b"".join(events)
+                data = b"".join(body.to_events(generation, sent))
             sent, finished = len(generation.text), generation.finish_reason
             yield data
             if not finished:
@@ -949,6 +944,7 @@ class Health(BaseModel):
 STREAM = {200: {"content": {"text/event-stream": {}}}}
 ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
 OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
+OPENAI = STREAM | OPENAI_ERRORS
 
 
 @secured.post("/", response_model=ChatResponse, responses=STREAM | ERRORS)
@@ -958,12 +954,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     return await reply(request, body)
 
 
-OPENAI_RESPONSES = STREAM | OPENAI_ERRORS
-
-
-@secured.post(
-    "/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI_RESPONSES
-)
+@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
@@ -1519,6 +1510,7 @@ def install_patches(device: torch.device) -> str:
         # Copies no key for all heads that share it: a sixth of the time for 16 rows of
         # 300 tokens. With a mask, a GPU has no fast kernel for that.
         os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
+        torch.set_num_threads(model_download.cpus(torch.get_num_threads()))
         return "sdpa"
     FlashRunner.compile_layers = model_download.can_compile()
     if not FlashRunner.compile_layers:
@@ -1535,10 +1527,8 @@ def install_patches(device: torch.device) -> str:
 # How the layers are split over several GPUs: as the library does, attention is computed
 # on each in full, with the whole cache. Its own plan would also gather the widest
 # activations.
-TP_PLAN = {
-    "model.layers.*.mlp.gate_up_proj": "packed_colwise",
-    "model.layers.*.mlp.down_proj": "rowwise",
-}
+MLP = "model.layers.*.mlp."
+TP_PLAN = {f"{MLP}gate_up_proj": "packed_colwise", f"{MLP}down_proj": "rowwise"}
 
 
 # ------------------------------------------------------------------------------
@@ -1546,7 +1536,7 @@ TP_PLAN = {
 # ------------------------------------------------------------------------------
 
 
-MAX_HEAD_BYTES, MAX_CONNECTIONS = 8192, 1000
+MAX_HEAD_BYTES, MAX_CONNECTIONS = 8192, 2000
 CLIENT_SECONDS = 10  # for a head, and to stop sending after a response
 
 
@@ -1574,9 +1564,6 @@ class Protocol(H11Protocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.conn = BoundedConnection(h11.SERVER, MAX_HEAD_BYTES)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
         close = self.timeout_keep_alive_handler
         self.timeout_keep_alive_task = self.loop.call_later(CLIENT_SECONDS, close)
 
@@ -1591,6 +1578,9 @@ class Protocol(H11Protocol):
         for start in range(0, len(data), MAX_HEAD_BYTES):
             if not self.transport.is_closing():
                 super().data_received(data[start : start + MAX_HEAD_BYTES])
+        if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            self.flow.pause_reading()  # of the rest of a refused body it takes little
+            self.loop.call_later(0.05, self.flow.resume_reading)
 
     def handle_events(self) -> None:
         """uvicorn stops reading when a second request follows one that is not answered,

@@ -401,6 +401,20 @@ def can_compile() -> bool:
     return compiler and header and importlib.util.find_spec("triton") is not None
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cpus(most: int) -> int:
+    """How many CPUs this process may use, of so many: a container may have a quota."""
+    for v2_or_v1 in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
+        with suppress(OSError, ValueError):  # not this version, or "max"
+            text = " ".join((CGROUPS / name).read_text() for name in v2_or_v1)
+            quota, period = map(int, text.split())
+            if quota > 0:  # -1 is no quota
+                return max(1, min(most, quota // period))
+    return most
+
+
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer. Early copies of phi-4 name the wrong one in their
     config, so <|im_end|> and <|endoftext|> end one wherever the tokenizer has them."""
