@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     port: int = Field(6006, ge=1, le=65535)
     """TCP port to listen on."""
     root_path: Prefix = ""
-    """Path prefix under which a proxy serves this, such as /phi4."""
+    """Path prefix under which a proxy serves this, and which it strips: /phi4."""
     allowed_hosts: str = ""
     """Without a key: other names this server has, separated by commas; * is any."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -1105,7 +1105,6 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
     app = FastAPIOffline(
         title="phi-4 chat server",
         description=DEMO_NOTE if settings.demo else f"Serving {engine.name}.",
-        root_path=settings.root_path,
         lifespan=engine.lifespan,
         redoc_url=None,
         redirect_slashes=False,  # it would lead to whatever Host says
@@ -1681,6 +1680,7 @@ def main() -> int:
     app = create_app(settings)  # which sets the level of the log
     # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
     options: dict[str, Any] = {"http": Protocol, "ws": "none", "log_config": None}
+    options |= {"root_path": settings.root_path, "limit_concurrency": MAX_CONNECTIONS}
     options |= {"timeout_keep_alive": CLIENT_SECONDS, "timeout_graceful_shutdown": 5}
     if settings.demo:
         logger.warning(DEMO_NOTE)
@@ -1688,8 +1688,7 @@ def main() -> int:
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     logger.info("listening on http://%s:%d", host, settings.port)
-    config = uvicorn.Config(app, limit_concurrency=MAX_CONNECTIONS, **options)
-    Server(config).run([listener])
+    Server(uvicorn.Config(app, **options)).run([listener])
     return 0
 
 

@@ -283,6 +283,10 @@ def serving(wait: bool, options: dict[str, Any]) -> Iterator[Running]:
     engine.exit = ended.append  # the real one would end the tests
     port = free_port()
     as_main = {"http": api.Protocol, "ws": "none", "log_config": None}
+    as_main |= {
+        "root_path": settings.root_path,
+        "timeout_keep_alive": api.CLIENT_SECONDS,
+    }
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, **as_main))
     loops: list[asyncio.AbstractEventLoop] = []
 

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: MIT
+"""Where people put it: behind other servers' commands, in containers, on IPv6, with a
+log that nobody reads; and how it ends when it cannot go on."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from net import DEADLINE, free_port
+from server import ROOT, is_ready, narrow, running, spawned, wait_until
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import api
+import model_download
+
+# ------------------------------------------------------------------------------
+# Settings that others wrote
+# ------------------------------------------------------------------------------
+
+
+def given(
+    patch: pytest.MonkeyPatch, *arguments: str, **environment: str
+) -> api.Settings:
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    patch.setattr(sys, "argv", ["api.py", *arguments])
+    return api.read_settings(command_line=True)
+
+
+WRONG = [
+    (["--port", "0"], {}, "--port", "'0'"),
+    (["--port=many"], {}, "--port", "'many'"),
+    ([], {"PHI4_PORT": "99999"}, "environment variable PHI4_PORT", "'99999'"),
+    (["--port", "70000"], {"PHI4_PORT": "80"}, "--port", "'70000'"),
+    ([], {"PHI4_DTYPE": "int8"}, "environment variable PHI4_DTYPE", "'int8'"),
+    (
+        [],
+        {"PHI4_MAX_IN_FLIGHT": "-1"},
+        "environment variable PHI4_MAX_IN_FLIGHT",
+        "'-1'",
+    ),
+    ([], {"PHI4_DEMO": "perhaps"}, "environment variable PHI4_DEMO", "'perhaps'"),
+    ([], {"PHI4_API_KEY": ""}, "environment variable PHI4_API_KEY", "empty"),
+    ([], {"PHI4_API_KEY": " "}, "environment variable PHI4_API_KEY", "empty"),
+    ([], {"PHI4_API_KEY": ","}, "environment variable PHI4_API_KEY", "empty"),
+    ([], {"PHI4_API_KEY": " ,\t,\u3000"}, "environment variable PHI4_API_KEY", "empty"),
+    (["--api-key", ""], {}, "--api-key", "empty"),
+    (["--api-key=,"], {"PHI4_API_KEY": "right"}, "--api-key", "empty"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "environment", "source", "value"), WRONG)
+def test_a_wrong_setting_names_its_source_and_value(
+    monkeypatch, caplog, arguments, environment, source, value
+):
+    with pytest.raises(SystemExit) as ended:
+        given(monkeypatch, *arguments, **environment)
+    assert ended.value.code == api.EXIT_WRONG_START
+    (line,) = caplog.messages
+    assert line.startswith(source + ",") and value in line
+
+
+def test_two_wrong_settings_are_two_lines(monkeypatch, caplog):
+    with pytest.raises(SystemExit):
+        given(monkeypatch, "--port", "0", PHI4_DTYPE="int8")
+    assert [text.split(",")[0] for text in sorted(caplog.messages)] == [
+        "--port",
+        "environment variable PHI4_DTYPE",
+    ]
+
+
+def test_what_kubernetes_and_compose_set_by_accident_is_not_set(monkeypatch):
+    """A Service that is named phi4 gives all pods such variables."""
+    settings = given(
+        monkeypatch,
+        PHI4_PORT="tcp://10.96.0.12:6006",
+        PHI4_SERVICE_HOST="10.96.0.12",
+        PHI4_PORT_6006_TCP_ADDR="10.96.0.12",
+        PHI4_MODEL="",
+        PHI4_DEMO="",
+        PHI4_MAX_NEW_TOKENS="",
+        PHI4_DTYPE="",
+        PHI4_CORS_ORIGINS="",
+    )
+    assert settings == api.Settings.model_construct()
+
+
+def test_a_home_is_expanded(monkeypatch):
+    assert given(monkeypatch, "--model=~/x").model == Path.home() / "x"
+    assert (
+        given(monkeypatch, PHI4_MODEL="~/y", PHI4_PORT="1").model == Path.home() / "x"
+    )
+
+
+def test_a_missing_folder_is_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=str(tmp_path / "no" / "folder")):
+        model_download.check_complete(Path("no/folder"))
+
+
+# ------------------------------------------------------------------------------
+# Addresses
+# ------------------------------------------------------------------------------
+
+
+def answers(family: int, address: str, port: int) -> bool:
+    with socket.socket(family) as probe:
+        return probe.connect_ex((address, port)) == 0
+
+
+HAS_V6 = socket.has_dualstack_ipv6() and Path("/proc/net/if_inet6").exists()
+v6 = pytest.mark.skipif(not HAS_V6, reason="this machine has no IPv6")
+
+
+@v6
+@pytest.mark.parametrize(
+    ("host", "v4", "v6"),
+    [
+        ("::", True, True),
+        ("[::]", True, True),
+        ("::1", False, True),
+        ("0.0.0.0", True, False),
+    ],
+)
+def test_a_host_is_listened_on_in_both_versions_of_ip(monkeypatch, host, v4, v6):
+    settings, port = given(monkeypatch, "--host", host), free_port()
+    with api.listen(settings.host, port):
+        assert answers(socket.AF_INET, "127.0.0.1", port) is v4
+        assert answers(socket.AF_INET6, "::1", port) is v6
+
+
+@v6
+def test_the_log_has_an_address_to_click_on(tiny_folder):
+    options = "--model", str(tiny_folder), "--device", "cpu", "--host", "[::1]"
+    with spawned(*options, wait=False) as process:
+        url = f"http://[::1]:{process.port}"
+        wait_until(lambda: is_ready(url))
+        assert f"listening on {url}\n" in process.log()
+        assert "may ask" not in process.log()
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["http://127.0.0.1", "127.0.0.1:80", "no.such.name.invalid", "192.0.2.1", "x y"],
+)
+def test_an_address_that_is_none_names_the_option(host):
+    with pytest.raises(ValueError, match=r"--host .*--port 6\d+.*give another"):
+        api.listen(host, 6006)
+
+
+def test_a_port_in_use_says_which_and_what_to_do():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=f"--port {port}: Address already in use.*; free"
+        ):
+            api.listen("127.0.0.1", port)
+
+
+def test_a_port_that_is_not_allowed_says_so(monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket, "create_server", refused)
+    with pytest.raises(ValueError, match="--port 80: Permission denied; "):
+        api.listen("0.0.0.0", 80)
+
+
+# ------------------------------------------------------------------------------
+# Other servers' commands
+# ------------------------------------------------------------------------------
+
+UVICORN = "uvicorn", "api:app", "--root-path", "/phi4"
+COMMANDS = {
+    "uvicorn": UVICORN,
+    "two workers": (*UVICORN, "--workers", "2"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_behind_uvicorns_command_all_is_as_without(tiny_folder, tmp_path, case):
+    port, log = free_port(), tmp_path / "log"
+    command = [sys.executable, "-m", *COMMANDS[case], "--port", str(port)]
+    own = {
+        "PHI4_MODEL": str(tiny_folder),
+        "PHI4_DEVICE": "cpu",
+        "PHI4_API_KEY": "right",
+    }
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | own, cwd=ROOT
+        ) as process,
+    ):
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until(
+                lambda: process.poll() is not None or is_ready(url), 2 * DEADLINE
+            )
+            workers = 2 if "workers" in case else 1
+            wait_until(
+                lambda: log.read_text().count("INFO phi4: ready: tiny") == workers
+            )
+            key = {"Authorization": "Bearer right"}
+            body = {"prompt": "x", "max_new_tokens": 2}
+            assert requests.post(url, json=body, timeout=DEADLINE).status_code == 401
+            answer = requests.post(url, json=body, headers=key, timeout=DEADLINE)
+            assert answer.status_code == 200
+            wrong = requests.post(
+                url + "/v1/chat/completions", json={}, headers=key, timeout=DEADLINE
+            )
+            assert wrong.status_code == 400 and set(wrong.json()) == {"error"}
+            schema = requests.get(url + "/openapi.json", timeout=DEADLINE).json()
+            assert schema["servers"] == [{"url": "/phi4"}]
+            wait_until(
+                lambda: (
+                    f"{answer.headers['X-Request-ID']} POST /phi4/ 200"
+                    in log.read_text()
+                )
+            )
+            process.send_signal(signal.SIGTERM)
+            process.wait(DEADLINE)
+        finally:
+            process.kill()
+    assert "Traceback" not in log.read_text()
+
+
+def test_there_wrong_settings_are_named_too(tiny_folder):
+    own = {"PHI4_MODEL": str(tiny_folder), "PHI4_DTYPE": "int8"}
+    command = [sys.executable, "-m", "uvicorn", "api:app", "--port", str(free_port())]
+    done = subprocess.run(
+        command,
+        env=os.environ | own,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == api.EXIT_WRONG_START
+    assert "environment variable PHI4_DTYPE, 'int8'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------
+# A log that nobody reads
+# ------------------------------------------------------------------------------
+
+
+def test_a_log_that_nobody_reads_stops_nothing(tiny_folder):
+    port = free_port()
+    command = [sys.executable, str(ROOT / "api.py"), "--model", str(tiny_folder)]
+    command += ["--device", "cpu", "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until(lambda: is_ready(url), 2 * DEADLINE)
+            with requests.Session() as session:
+                for _ in range(700):  # 150 kB of log; a pipe holds 64
+                    session.get(f"{url}/{'x' * 200}", timeout=DEADLINE)
+                body = {"prompt": "x", "max_new_tokens": 2}
+                assert session.post(url, json=body, timeout=DEADLINE).ok
+                assert session.get(url + "/health", timeout=DEADLINE).ok
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE) == 0
+            said = process.stderr.read()
+        finally:
+            process.kill()
+    assert b"INFO phi4: ready: tiny on cpu\n" in said
+    assert len(said) > 60_000, "what the pipe had room for"
+
+
+def test_a_long_line_is_written_whole_where_it_is_read(capfd):
+    record = api.logger.makeRecord("phi4", 20, "", 0, "é" * 10_000, (), None)
+    api.StderrHandler().emit(record)
+    assert capfd.readouterr().err == "é" * 10_000 + "\n"
+
+
+# ------------------------------------------------------------------------------
+# The end
+# ------------------------------------------------------------------------------
+
+
+def test_a_lasting_failure_ends_the_process(tiny_folder):
+    with narrow(tiny_folder) as served:
+        with served.gate as gate:
+
+            def fail_always(*_: object, **__: object) -> None:
+                raise RuntimeError("broken for good")
+
+            hook = served.model.register_forward_pre_hook(fail_always)
+            statuses = []
+            while not served.ended and len(statuses) < 50:
+                statuses.append(served.post("x", max_new_tokens=2).status_code)
+                time.sleep(0.05)
+            hook.remove()
+            assert gate.error is None
+        wait_until(lambda: served.ended)
+        assert served.ended == [api.EXIT_ENGINE]
+        assert set(statuses) == {503}
+
+
+def test_failures_with_answers_between_them_do_not(tiny_folder):
+    with narrow(tiny_folder) as served:
+        for _ in range(2 * api.MAX_FAILURES + 1):
+            with served.gate as gate:
+                gate.fail()
+                assert served.post("x", max_new_tokens=2).status_code == 503
+            wait_until(lambda: is_ready(served.url))
+            assert served.post("x", max_new_tokens=2).ok
+        assert not served.ended
+
+
+# ------------------------------------------------------------------------------
+# Weights that others have quantized; small machines
+# ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tiny_folder, tmp_path_factory):
+    """As people publish phi-4: bitsandbytes in 4 bits."""
+    folder = tmp_path_factory.mktemp("quantized") / "phi-4-bnb-4bit"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, quantization_config=config
+    )
+    model.save_pretrained(folder)
+    for file in tiny_folder.glob("*"):
+        if not (folder / file.name).exists() and "safetensors" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    said = json.loads((folder / "config.json").read_text())
+    assert said["quantization_config"]["quant_method"] == "bitsandbytes"
+    return folder
+
+
+def test_a_folder_that_is_quantized_already_is_served(quantized_folder):
+    with running(model=quantized_folder, dtype="auto") as served:
+        layer = served.model.model.layers[0].mlp.down_proj.weight
+        assert layer.dtype == torch.uint8
+        first = served.answer("x", max_new_tokens=8)
+        assert served.answer("x", max_new_tokens=8) == first
+
+
+def test_what_cannot_be_done_with_it_is_refused(quantized_folder, monkeypatch):
+    settings = api.Settings(model=quantized_folder, device="cpu", quantize="int8")
+    with pytest.raises(ValueError, match="quantized already"):
+        model_download.preflight(settings)
+    settings = api.Settings(model=quantized_folder, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(model_download, "WORLD_SIZE", 2)
+        with pytest.raises(ValueError, match="one GPU"):
+            model_download.preflight(settings)
+    monkeypatch.setattr(model_download.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        model_download.preflight(settings)
+
+
+@pytest.mark.parametrize(
+    ("files", "allowed"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "350000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ],
+)
+def test_a_containers_quota_of_cpus_is_kept(tmp_path, monkeypatch, files, allowed):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(model_download, "CGROUPS", tmp_path)
+    assert model_download.cpus(8) == allowed
+
+
+def test_the_generation_thread_keeps_it(tiny_folder, monkeypatch):
+    monkeypatch.setattr(model_download, "cpus", lambda most: 1)
+    before, used = torch.get_num_threads(), []
+    try:
+        with running(model=tiny_folder) as served:
+            hook = served.model.register_forward_pre_hook(
+                lambda *_: used.append(torch.get_num_threads())
+            )
+            assert served.post("x", max_new_tokens=2).ok
+            hook.remove()
+    finally:
+        torch.set_num_threads(before)
+    assert {*used} == {1}
