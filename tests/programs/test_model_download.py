@@ -3,6 +3,7 @@
 
 import io
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -260,7 +261,7 @@ def test_ctrl_c_does_not_wait_for_the_clients_threads(source: str) -> None:
     assert errors == "\ninterrupted: run the same command again to resume\n"
 
 
-def test_ctrl_c_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_and_log_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     during, before = [], signal.getsignal(signal.SIGINT)
 
     def download(*_: object) -> Path:
@@ -272,6 +273,7 @@ def test_ctrl_c_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model_download.main() == 0
     assert during == [model_download._leave]
     assert signal.getsignal(signal.SIGINT) == before
+    assert logging.getLogRecordFactory() is logging.LogRecord
 
 
 def has_all_but_second(folder: Path) -> bool:
@@ -308,11 +310,206 @@ def test_damaged_shard(source: str, hub: Hub, failure: Callable[..., str]) -> No
     assert f"{FIRST} (damaged" in failure("--source", source)
 
 
-def test_wrong_content(hub: Hub, failure: Callable[..., str], tmp_path: Path) -> None:
-    """ModelScope lists a hash of every file, and its client checks it."""
-    hub.listed_content["config.json"] = b"{}"
-    assert "config.json" in failure()
-    assert not (tmp_path / FOLDER / "config.json").exists()
+@both_hubs
+@pytest.mark.parametrize("name", ["merges.txt", FIRST])
+def test_wrong_content_does_not_stay(
+    source: str, name: str, hub: Hub, failure: Callable[..., str], tmp_path: Path
+) -> None:
+    hub.listed_content[name] = hub.files[name][:-1] + b" "  # of the same size
+    assert name in failure("--source", source)
+    assert not (tmp_path / FOLDER / name).exists()
+
+
+@both_hubs
+@pytest.mark.parametrize("name", ["vocab.json", FIRST])
+def test_content_that_is_wrong_already_is_replaced(
+    source: str, name: str, hub: Hub, ended: Callable[..., tuple], tmp_path: Path
+) -> None:
+    assert ended("--source", source)[0] == 0
+    file = tmp_path / FOLDER / name
+    file.write_bytes(hub.files[name][:-1] + b" ")
+    os.utime(file, (0, 0))  # older than what Hugging Face's client notes of it
+    hub.fetched.clear()
+    code, _, errors = ended("--source", source)
+    assert code == 0
+    assert file.read_bytes() == hub.files[name]
+    assert hub.fetched == [(name, None)]
+    assert f"\nchecking {SECOND} (0.0 GB)\n" in errors
+
+
+@both_hubs
+def test_nothing_is_fetched_twice(
+    source: str, hub: Hub, download: Callable[..., str]
+) -> None:
+    download("--source", source)
+    del hub.asked[:], hub.fetched[:]
+    download("--source", source)
+    assert hub.fetched == []
+    assert len([path for path in hub.asked if "phi-4" in path]) == 1  # the listing
+
+
+@both_hubs
+def test_files_are_listed_once(
+    source: str, hub: Hub, download: Callable[..., str]
+) -> None:
+    """A second answer could differ from the one that was checked."""
+    download("--source", source)
+    listings = ("/repo/files", "/phi-4", "/revision/main")
+    assert len([path for path in hub.asked if path.endswith(listings)]) == 1
+
+
+ODD_NAMES = [
+    "chat_template*",
+    "chat_template/../../../outside",
+    "../model.safetensors",
+    "/tmp/model.safetensors",
+    "..\\model.safetensors",
+    "C:model.safetensors",
+    "model\n.safetensors",
+    "model[0].safetensors",
+    "model/../../../outside.safetensors",
+    "model\u0661.safetensors",
+    "MODEL.safetensors",
+    "nul.safetensors",
+    f"model{'x' * 250}.safetensors",
+]
+
+
+@both_hubs
+def test_odd_names_are_not_fetched(
+    source: str, hub: Hub, download: Callable[..., str], tmp_path: Path
+) -> None:
+    hub.files |= dict.fromkeys(ODD_NAMES, b"{}")
+    if source == "modelscope":
+        hub.files["model.safetensors"] = b""
+        hub.listed_fields["model.safetensors"] = {"Type": "tree"}
+    download("--source", source)
+    files = [path.name for path in (tmp_path / FOLDER).iterdir() if path.is_file()]
+    assert set(files) == {name for name, _ in hub.fetched} == set(model_files())
+    assert set(os.listdir(tmp_path)) <= {"home", "models"}
+
+
+@pytest.mark.parametrize(
+    ("source", "fields"),
+    [
+        ("modelscope", {"Size": -1}),
+        ("modelscope", {"Size": 10**9}),  # it would be read at once
+        ("modelscope", {"Sha256": "../../x"}),
+        ("modelscope", {"Path": "tokenizer.json"}),  # which is there twice, then
+        ("huggingface", {"size": None}),
+        ("huggingface", {"size": "22"}),
+        ("huggingface", {"size": -1}),
+        ("huggingface", {"blobId": "x"}),
+    ],
+)
+def test_odd_entry(
+    source: str,
+    fields: dict[str, object],
+    hub: Hub,
+    failure: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    hub.listed_fields["config.json"] = fields
+    line = failure("--source", source)
+    assert fields.get("Path", "config.json") in line
+    assert "with an odd size or hash: run again later" in line
+    assert not (tmp_path / "models").exists()
+
+
+@both_hubs
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"[1]", b'{"Data": ["x"]}'])
+def test_odd_listing(
+    source: str, body: bytes, hub: Hub, failure: Callable[..., str]
+) -> None:
+    hub.listing_body = body
+    assert "run again" in failure("--source", source)
+
+
+@pytest.mark.parametrize("commit", ["../" * 9 + "outside", "main", None])
+def test_listing_of_no_commit(
+    commit: object, hub: Hub, failure: Callable[..., str], tmp_path: Path
+) -> None:
+    hub.commit = commit
+    assert "run again" in failure("--source", "huggingface")
+    assert not (tmp_path / "models").exists()
+
+
+@both_hubs
+def test_links_are_not_followed(
+    source: str, hub: Hub, download: Callable[..., str], tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    (outside / "huggingface").mkdir(parents=True)
+    (outside / "file").write_bytes(b"x" * 22)  # as long as config.json
+    (tmp_path / FOLDER).mkdir(parents=True)
+    (tmp_path / FOLDER / ".cache").symlink_to(outside)
+    for name in ("config.json", f"{FIRST}.incomplete"):
+        (tmp_path / FOLDER / name).symlink_to(outside / "file")
+    download("--source", source)
+    assert (outside / "file").read_bytes() == b"x" * 22
+    assert os.listdir(outside / "huggingface") == []
+    assert not (tmp_path / FOLDER / "config.json").is_symlink()
+
+
+@both_hubs
+def test_a_short_listing_is_forgotten(
+    source: str, hub: Hub, ended: Callable[..., tuple]
+) -> None:
+    """Hugging Face's client keeps a commit's listing, unless it is removed."""
+    content = hub.files.pop(SECOND)
+    assert ended("--source", source)[0] == 1
+    hub.files[SECOND] = content
+    assert ended("--source", source)[0] == 0
+
+
+def test_sha256_may_be_in_capitals(hub: Hub, download: Callable[..., str]) -> None:
+    hub.listed_fields[FIRST] = {"Sha256": hub.sha256(FIRST).upper()}
+    download()
+
+
+@both_hubs
+def test_weights_that_the_hub_does_not_list(
+    source: str, hub: Hub, failure: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / FOLDER).mkdir(parents=True)
+    (tmp_path / FOLDER / "model.safetensors").write_bytes(safetensors(10))
+    line = failure("--source", source)
+    assert "delete these files" in line
+    assert line.endswith(": model.safetensors")
+
+
+@both_hubs
+def test_a_hubs_words_stay_one_harmless_line(
+    source: str, hub: Hub, ended: Callable[..., tuple]
+) -> None:
+    said = "\x1b]0;title\x07\x1b[2Jno\u202e\n\nsuch " + "repo " * 500
+    body = json.dumps({"Message": said, "error": said}, ensure_ascii=False)
+    hub.listing_status, hub.listing_body = 403, body.encode()
+    hub.headers["X-HF-Warning"] = "; \x1b[2J\x1b]0;title\x07"  # is logged
+    code, _, errors = ended("--source", source)
+    assert code == 1
+    assert not {"\x1b", "\x07", "\u202e"} & set(errors)
+    line = errors.splitlines()[-1]
+    assert line.startswith("error: download from ") and "no such" in line
+    assert len(line) < 600 and "run again" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "package"),
+    [
+        (["--source", "modelscope"], "pysocks"),
+        (["--source", "huggingface"], "socksio"),
+        (["--demo"], "pysocks"),
+    ],
+)
+def test_package_for_a_socks_proxy_is_named(
+    options: list[str], package: str, failure: Callable[..., str], tmp_path: Path
+) -> None:
+    for module in ("socks", "socksio"):  # for one that has them installed
+        (tmp_path / f"{module}.py").write_text("raise ImportError")
+    proxy = {"ALL_PROXY": "socks5h://127.0.0.1:9", "NO_PROXY": ""}
+    line = failure(*options, PYTHONPATH=str(tmp_path), **proxy)
+    assert f"`pip install {package}`" in line
 
 
 @both_hubs
@@ -342,10 +539,11 @@ def test_space_is_needed_only_for_the_rest(
     monkeypatch.setattr(
         model_download, "_check_space", lambda *args: checked.append(args)
     )
-    (tmp_path / FIRST).write_bytes(bytes(1000))
+    (tmp_path / FIRST).write_bytes(bytes(1000))  # the wrong ones: room for the right
     (tmp_path / f"{SECOND}.incomplete").write_bytes(bytes(200))
     model_download._prepare(tmp_path, {FIRST: 1000, SECOND: 5000})
-    assert checked == [(tmp_path, 4800)]
+    assert checked == [(tmp_path, 5800)]
+    assert os.listdir(tmp_path) == [f"{SECOND}.incomplete"]
 
 
 @both_hubs
@@ -389,6 +587,11 @@ def test_unwritable_place(failure: Callable[..., str], tmp_path: Path) -> None:
     assert "file" in failure("--demo", "--dir", "file")
 
 
+def test_error_is_one_line() -> None:
+    error = DownloadError("ERROR: no\n\x1b[2J such\u202e file ")
+    assert str(error) == "ERROR: no [2J such file"
+
+
 def test_import_is_light() -> None:
     heavy = {"torch", "transformers", "modelscope_hub", "huggingface_hub"}
     code = f"import sys, model_download; print(sys.modules.keys() & {heavy})"
@@ -423,13 +626,23 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX])
-@pytest.mark.parametrize("content", [b"", b'{"weight_map": {"a', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b'{"weight_map": {"a', b"\xff", b"[" * 10**6])
 def test_damaged_json(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     assert missing_files(folder) == [f"{name} (damaged)"]
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"weight_map": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{}",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 1}}',
+        b'{"weight_map": {"a": "../x.safetensors"}}',
+        b'{"weight_map": {"a": "\\u001b[2J.safetensors"}}',
+    ],
+)
 def test_index_without_shards(folder: Path, content: bytes) -> None:
     (folder / INDEX).write_bytes(content)
     assert missing_files(folder) == [f"{INDEX} (damaged)"]
@@ -459,12 +672,20 @@ def test_shard_of_wrong_length(folder: Path, change: int) -> None:
         (2).to_bytes(8, "little") + b"{}",
         (2).to_bytes(8, "little") + b"[]",
         (9).to_bytes(8, "little") + b'{"a": {}}',
+        (28).to_bytes(8, "little") + b'{"a": {"data_offsets": [0]}}',
+        (32).to_bytes(8, "little") + b'{"a": {"data_offsets": [0,"1"]}}',
     ],
 )
 def test_shard_without_header(folder: Path, content: bytes) -> None:
     (folder / FIRST).write_bytes(content)
     [problem] = missing_files(folder)
     assert problem.startswith(f"{FIRST} (damaged")
+
+
+def test_header_is_not_read_at_any_length(folder: Path) -> None:
+    (folder / FIRST).write_bytes((10**8 + 1).to_bytes(8, "little"))
+    os.truncate(folder / FIRST, 2 * 10**8)
+    assert missing_files(folder) == [f"{FIRST} (damaged or cut short)"]
 
 
 def test_single_file_model(folder: Path) -> None:

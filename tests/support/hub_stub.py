@@ -25,10 +25,21 @@ class Hub:
     """Sizes that the listing gives instead of the true ones."""
     listed_content: dict[str, bytes] = field(default_factory=dict)
     """Contents whose hashes the listing gives instead of the true ones."""
+    listed_fields: dict[str, dict[str, object]] = field(default_factory=dict)
+    """Fields of a file's entry in the listing, instead of or beside its own."""
+    listing_body: bytes | None = None
+    """What is sent instead of a listing."""
+    listing_status: int = 200
+    commit: object = COMMIT
+    """What Hugging Face's listing gives as its commit."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Headers of every answer, beside its own."""
     drop_once: dict[str, int] = field(default_factory=dict)
     """Close the connection, the first time, after so many bytes of a file."""
     stall: dict[str, int] = field(default_factory=dict)
     """Send no more after so many bytes of a file."""
+    asked: list[str] = field(default_factory=list)
+    """The path of each request."""
     fetched: list[tuple[str, str | None]] = field(default_factory=list)
     """What was downloaded: file name and Range header."""
 
@@ -50,9 +61,15 @@ class Hub:
     def size(self, name: str) -> int:
         return self.listed_sizes.get(name, len(self.files[name]))
 
+    def content(self, name: str) -> bytes:
+        return self.listed_content.get(name, self.files[name])
+
     def sha256(self, name: str) -> str:
-        content = self.listed_content.get(name, self.files[name])
-        return hashlib.sha256(content).hexdigest()
+        return hashlib.sha256(self.content(name)).hexdigest()
+
+    def git_sha1(self, name: str) -> str:
+        content = self.content(name)
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,16 +78,21 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub: Hub = self.server.hub
         url = urlsplit(self.path)
+        hub.asked.append(url.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         for repo in hub.repos:
+            listings = (f"/api/v1/models/{repo}/repo/files", f"/api/models/{repo}")
+            if hub.listing_body is not None and url.path in listings:
+                return self.send_body(hub.listing_status, hub.listing_body, {})
             if url.path == f"/api/v1/models/{repo}/repo/files":
                 return self.send_json({"Data": {"Files": self.modelscope_files()}})
             if url.path == f"/api/v1/models/{repo}/repo":
                 return self.send_file(query["FilePath"])
             if url.path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
-                files = [{"rfilename": n, "size": hub.size(n)} for n in hub.files]
-                return self.send_json({"id": repo, "sha": COMMIT, "siblings": files})
-            if url.path == f"/api/models/{repo}/tree/{COMMIT}":
+                files = self.huggingface_siblings()
+                answer = {"id": repo, "sha": hub.commit, "siblings": files}
+                return self.send_json(answer)
+            if url.path.startswith(f"/api/models/{repo}/tree/"):
                 return self.send_json(self.huggingface_files())
             if url.path.startswith(f"/{repo}/resolve/"):
                 return self.send_file(url.path.split("/", 5)[5])
@@ -91,9 +113,25 @@ class Handler(BaseHTTPRequestHandler):
                 "Type": "blob",
                 "Size": hub.size(name),
                 "Sha256": hub.sha256(name),
+                **hub.listed_fields.get(name, {}),
             }
             for name in hub.files
         ]
+
+    def huggingface_siblings(self) -> list[dict[str, object]]:
+        """The large files with their sha256, the others with git's sha1."""
+        hub: Hub = self.server.hub
+        files = []
+        for name in hub.files:
+            file = {"rfilename": name, "size": hub.size(name)}
+            if name.endswith(".safetensors"):
+                file["blobId"] = "0" * 40  # of the pointer that git has instead
+                lfs = {"size": hub.size(name), "sha256": hub.sha256(name)}
+                file["lfs"] = lfs | {"pointerSize": 135}
+            else:
+                file["blobId"] = hub.git_sha1(name)
+            files.append(file | hub.listed_fields.get(name, {}))
+        return files
 
     def huggingface_files(self) -> list[dict[str, object]]:
         hub: Hub = self.server.hub
@@ -124,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         hub: Hub = self.server.hub
         self.send_response(status)
-        for key, value in headers.items():
+        for key, value in (headers | hub.headers).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
