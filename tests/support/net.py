@@ -36,7 +36,12 @@ def packet(
     """A whole request that asks the server to close the connection afterwards. The
     body is bytes as they are, or anything else as JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", *headers]
+    head = [
+        f"{method} {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Connection: close",
+        *headers,
+    ]
     if not any(line.startswith("Transfer-Encoding") for line in headers):
         head.append(f"Content-Length: {len(data)}")
     head.append("Content-Type: application/json")
