@@ -134,8 +134,12 @@ def test_a_stream_is_as_described(demo: str) -> None:
     command = one_with("bash", "curl http").replace("curl ", "curl -N ")
     plain = timeless(bash(command, demo))
     told = timeless(bash(command.replace('?"}', '?", "stream": true}'), demo))
-    first, *_, last = told.split("\n\n")
+    first, *_, last, end = told.split("\n\n")
     assert f"`{first}`" in README
+    event, data = end.split("\n")
+    assert f"`{event}`" in README
+    shown = data.partition(', "total')[0].replace('":', '": ').replace(',"', ', "')
+    assert shown.partition(', "total')[0] + ", ...}`" in README
     assert (
         last.startswith('data: {"response":') and '`data: {"response": ...}`' in README
     )
@@ -453,8 +457,10 @@ def test_nginx_passes_each_delta_on_at_once(nginx: str, server: Running) -> None
         first = json.loads(next(stream)[1])["delta"]
         gate.allow()
         rest = [json.loads(data) for event, data in stream if event]
-    assert first + "".join(item["delta"] for item in rest[:-1]) == expected
-    assert rest[-1]["response"] == expected
+    *deltas, whole, end = rest
+    assert first + "".join(item["delta"] for item in deltas) == expected
+    assert whole["response"] == expected
+    assert end["finish_reason"] == "length"
 
 
 def test_nginx_frees_the_slot_of_a_client_that_left(
