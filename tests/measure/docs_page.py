@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Look at /docs in a real browser and try the first route there.
 
-    npm install swagger-ui-dist@5 playwright-core
+    npm install playwright-core
     python tests/measure/docs_page.py NODE_MODULES BROWSER [SCREENSHOT.png]
 
-Serves npm's swagger-ui-dist on loopback through --docs-assets, presses "Try it out"
-and "Execute" on POST /, and fails unless the page shows a 200. BROWSER is the path of
-Chromium (Debian: chromium-headless-shell). Nothing is loaded from elsewhere.
+Presses "Try it out" and "Execute" on POST /, and fails unless the page shows a 200 and
+has loaded nothing from elsewhere. BROWSER is the path of Chromium (Debian:
+chromium-headless-shell).
 """
 
 import argparse
-import functools
-import http.server
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import _setup  # noqa: F401
@@ -56,11 +53,6 @@ const {chromium} = require("playwright-core");
 """
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("node_modules", type=Path)
@@ -68,23 +60,16 @@ def main() -> int:
     parser.add_argument("screenshot", type=Path, nargs="?", default=Path("docs.png"))
     options = parser.parse_args()
     modules, shot = options.node_modules.resolve(), str(options.screenshot.resolve())
-    handler = functools.partial(Quiet, directory=modules / "swagger-ui-dist")
-    assets = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=assets.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{assets.server_port}"
     with tempfile.TemporaryDirectory() as scratch:
         tiny.tiny_model(Path(scratch), context=2048)
         script = Path(scratch) / "visit.cjs"
         script.write_text(VISIT)
-        with running(
-            model=Path(scratch), docs_assets=address, served_model_name="phi-4"
-        ) as served:
+        with running(model=Path(scratch), served_model_name="phi-4") as served:
             command = ["node", str(script), f"{served.url}/docs", options.browser, shot]
             environment = os.environ | {"NODE_PATH": str(modules)}
             visit = subprocess.run(
                 command, env=environment, stdout=subprocess.PIPE, text=True, check=False
             )
-    assets.shutdown()
     print(visit.stdout)
     return 0 if visit.returncode == 0 and "status: 200" in visit.stdout else 1
 

@@ -172,7 +172,7 @@ def main() -> None:
         cache_tokens=options.cache_tokens,
         max_in_flight=32,
     )
-    device = api.preflight(settings)
+    device = model_download.preflight(settings)
     load = transformers.AutoModelForCausalLM.from_pretrained
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     asked = {

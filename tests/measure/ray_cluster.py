@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import _setup  # noqa: F401
+import net
 import psutil
 import requests
 import tiny
@@ -69,12 +70,12 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
 
 @contextlib.contextmanager
 def served(folder: Path, replicas: int) -> Iterator[None]:
-    """`serve run api:ray_app` with so many replicas, until they are ready."""
+    """`serve run cluster:app` with so many replicas, until they are ready."""
     settings = SETTINGS | {"model": str(folder / "model"), "replicas": str(replicas)}
     words = [f"{name}={value}" for name, value in settings.items()]
     with (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(
-            ["serve", "run", "api:ray_app", *words],
+            ["serve", "run", "cluster:app", *words],
             cwd=ROOT,
             env=environment(folder),
             stdout=log,
@@ -166,10 +167,11 @@ def killed() -> dict[str, Any]:
             return "cut"
         if answer.status_code != 200:
             return str(answer.status_code)
-        try:  # a stream's last event is like the plain answer
-            told = json.loads(text.rstrip().rpartition("data: ")[2])["response"]
-        except (ValueError, KeyError):
+        try:
+            whole = net.told(text.encode())[1] if stream else json.loads(text)
+        except (ValueError, AssertionError):  # a stream without its end
             return "cut"
+        told = whole["response"]
         return "ok" if told == expected[session] else "wrong"
 
     def client(number: int) -> None:
@@ -220,7 +222,7 @@ def first_token(prompt: str, session: str, turns: Sequence[Any]) -> float:
         text = next(pieces)
         took = time.monotonic() - started
         text += b"".join(pieces)
-        assert b"response" in text.rstrip().rpartition(b"data: ")[2]
+        net.told(text)
     return took
 
 

@@ -271,21 +271,23 @@ class Soak:
 
     def read_stream(self, path: str, data: bytes) -> tuple[str, bool]:
         """The text so far of server-sent events, and whether their end is there."""
-        text, ended = "", False
+        text, answered, ended = "", False, False
         for event, line in net.events(data):
-            if not self.check(
-                event == "message", f"{event or 'comment'}: {line[:200]}"
-            ):
+            known = event == "message" or (event, path) == ("end", "/")
+            if not self.check(known, f"{event or 'comment'}: {line[:200]}"):
                 continue
             message = {} if line == "[DONE]" else json.loads(line)
-            if path != "/":
+            if event == "end":
+                right = answered and set(message) == net.END
+                ended = self.check(right, f"a wrong end: {line}")
+            elif path != "/":
                 for choice in message.get("choices", ()):
                     text += choice["delta"].get("content", "")
                 ended = ended or not message
             elif "delta" in message:
                 text += message["delta"]
             else:
-                ended = True
+                answered = True
                 self.check(message["response"] == text, "deltas are not the answer")
         return text, ended
 

@@ -5,12 +5,13 @@ import contextlib
 import http.client
 import json
 import re
+import runpy
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ import requests
 import tiny
 from net import DEADLINE
 from server import ROOT, wait_until
-
-import api
 
 README = (ROOT / "README.md").read_text()
 START, SERVE = (
@@ -204,12 +203,14 @@ def test_an_answer_in_flight_outlives_the_application(cluster: Cluster) -> None:
 # ------------------------------------------------------------------------------
 
 
-def built(**arguments: str) -> Any:
-    """The deployment that the builder describes."""
-    return api.ray_app(arguments)._bound_deployment
+@pytest.fixture
+def built(tmp_path: Path) -> Callable[..., Any]:
+    """Gives the deployment that README.md's cluster.py describes."""
+    build = runpy.run_path(str(ray_inside.save_cluster(tmp_path)))["app"]
+    return lambda **arguments: build(arguments)._bound_deployment
 
 
-def test_a_replica_has_a_gpu_unless_it_runs_on_the_cpu() -> None:
+def test_a_replica_has_a_gpu_unless_it_runs_on_the_cpu(built: Any) -> None:
     assert built().ray_actor_options["num_gpus"] == 1
     assert built(device="cuda:0").ray_actor_options["num_gpus"] == 1
     for arguments in ({"device": "cpu"}, {"demo": "true"}):
@@ -217,7 +218,7 @@ def test_a_replica_has_a_gpu_unless_it_runs_on_the_cpu() -> None:
         assert (options["num_gpus"], options["num_cpus"]) == (0, 3)
 
 
-def test_replicas_follow_the_requests_in_flight_if_asked() -> None:
+def test_replicas_follow_the_requests_in_flight_if_asked(built: Any) -> None:
     def scale(**arguments: str) -> tuple[int, int, float]:
         config = built(**arguments)._deployment_config.autoscaling_config
         return config.min_replicas, config.max_replicas, config.target_ongoing_requests
@@ -229,7 +230,9 @@ def test_replicas_follow_the_requests_in_flight_if_asked() -> None:
         built(replicas="4", max_replicas="2")
 
 
-def test_no_replica_is_sent_more_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_replica_is_sent_more_than_it_takes(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert built().max_ongoing_requests == 3 * 128
     monkeypatch.setenv("PHI4_MAX_IN_FLIGHT", "10")  # of the machine that runs `serve`
     assert built(max_waiting="5").max_ongoing_requests == 15
@@ -237,13 +240,13 @@ def test_no_replica_is_sent_more_than_it_takes(monkeypatch: pytest.MonkeyPatch) 
     assert drained > 100
 
 
-def test_the_command_of_the_readme() -> None:
+def test_the_command_of_the_readme(built: Any) -> None:
     for command in SERVE:
         program, *arguments = shlex.split(command)
-        assert arguments[:2] == ["run", "api:ray_app"], program
+        assert arguments[:2] == ["run", "cluster:app"], program
         assert built(**dict(each.split("=") for each in arguments[2:]))
 
 
-def test_a_wrong_argument_is_named() -> None:
+def test_a_wrong_argument_is_named(built: Any) -> None:
     with pytest.raises(ValueError, match="max_tokens"):
         built(max_tokens="5")

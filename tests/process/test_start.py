@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.generation.continuous_batching import continuous_api
 
 import api
+import model_download
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,14 +54,32 @@ def refused(arguments: list[str], **environment: str) -> str:
         (["--dtype", "int8"], "--dtype"),
         (["--device", "tpu"], "--device"),
         (["--nonsense"], "--nonsense"),
+        (["--api-key", " , "], "--api-key"),
     ],
 )
 def test_bad_option_is_named(arguments: list[str], says: str) -> None:
     assert says in refused(arguments)
 
 
-def test_bad_environment_is_named() -> None:
-    assert "--port" in refused([], PHI4_PORT="99999")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PHI4_PORT", "99999"), ("PHI4_API_KEY", ""), ("PHI4_API_KEY", " , ")],
+)
+def test_bad_environment_is_named(name: str, value: str) -> None:
+    said = refused(["--max-new-tokens", "5"], **{name: value})
+    assert f"environment variable {name}, {value!r}: " in said
+    assert said.count("\n") == 1
+
+
+def test_what_others_leave_in_the_environment_counts_as_not_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compose files make empty variables, Kubernetes one for a Service named phi4."""
+    for name in api.Settings.model_fields.keys() - {"api_key"}:
+        monkeypatch.setenv(f"PHI4_{name.upper()}", "")
+    assert api.read_settings() == api.Settings.model_construct()
+    monkeypatch.setenv("PHI4_PORT", "tcp://10.0.0.1:6006")
+    assert api.read_settings().port == 6006
 
 
 def test_no_model_folder() -> None:
@@ -157,7 +176,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_picks_the_gpu(gpu: dict, tiny_folder: Path) -> None:
     def pick(**options: Any) -> str:
-        return str(api.preflight(api.Settings(model=tiny_folder, **options)))
+        settings = api.Settings(model=tiny_folder, **options)
+        return str(model_download.preflight(settings))
 
     assert pick() == pick(demo=True) == "cuda:0"
     assert pick(device="cuda:1") == "cuda:1"
@@ -166,16 +186,24 @@ def test_picks_the_gpu(gpu: dict, tiny_folder: Path) -> None:
 
 def test_card_without_bfloat16(gpu: dict, tiny_folder: Path) -> None:
     gpu["capability"] = (7, 5)
-    with pytest.raises(ValueError, match=r"Some Card.*--dtype float32"):
-        api.preflight(api.Settings(model=tiny_folder))
-    given = api.Settings(model=tiny_folder, dtype="float32")
-    assert api.preflight(given).type == "cuda"
+    for dtype in ("auto", "float32"):
+        with pytest.raises(ValueError, match=r"Some Card.*no bfloat16.*8\.0"):
+            model_download.preflight(api.Settings(model=tiny_folder, dtype=dtype))
+
+
+def test_no_float32_on_a_gpu(gpu: dict, tiny_folder: Path) -> None:
+    for device in ("auto", "cuda:1"):
+        given = api.Settings(model=tiny_folder, dtype="float32", device=device)
+        with pytest.raises(ValueError, match="--dtype float32 is for --device cpu"):
+            model_download.preflight(given)
+    given = api.Settings(model=tiny_folder, dtype="float32", device="cpu")
+    assert model_download.preflight(given).type == "cpu"
 
 
 def test_card_that_is_too_small(gpu: dict, tiny_folder: Path) -> None:
     gpu["free"] = 2**30
     with pytest.raises(ValueError, match=r"cuda:0: 2 GiB needed, 1 GiB free"):
-        api.preflight(api.Settings(model=tiny_folder))
+        model_download.preflight(api.Settings(model=tiny_folder))
 
 
 def test_the_demo_does_not_need_the_room_of_the_other_model(
@@ -184,7 +212,8 @@ def test_the_demo_does_not_need_the_room_of_the_other_model(
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(29 * 10**9)
     gpu["free"] = 8 * 2**30
-    assert api.preflight(api.Settings(model=tmp_path, demo=True)).type == "cuda"
+    given = api.Settings(model=tmp_path, demo=True)
+    assert model_download.preflight(given).type == "cuda"
 
 
 def test_driver_too_old(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +222,7 @@ def test_driver_too_old(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "get_device_name", old)
     with pytest.raises(ValueError, match=r"(?s)2.13.*12020.*README"):
-        api.preflight(api.Settings(model=tiny_folder))
+        model_download.preflight(api.Settings(model=tiny_folder))
 
 
 # Loading

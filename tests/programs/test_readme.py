@@ -58,7 +58,7 @@ PARSED += (
 )  # test_benchmark.py runs it, on a tiny model
 PARSED += ("torchrun ",)  # test_parallel.py runs it, on a tiny model
 RUN = (*INSTALLED, "curl ", "python py_api.py", "ssh ", "python3 -m venv ")
-RUN += ("ray start ", "serve run ")  # by test_ray.py
+RUN += ("ray start ", "serve run ")  # by test_ray.py, with the block of cluster.py
 
 
 def one_with(language: str, part: str = "") -> str:
@@ -81,7 +81,7 @@ def test_every_block_has_a_test() -> None:
         assert any(command.startswith(known) for command in COMMANDS), known
     # The other blocks, which the tests below find by what is in them.
     others = sorted({(kind, text) for kind, text in BLOCKS if kind != "bash"})
-    kinds = ["ini", "json", "nginx", "python", "python"]
+    kinds = ["ini", "json", "nginx", "python", "python", "python"]
     assert [kind for kind, _ in others] == kinds
 
 

@@ -71,26 +71,30 @@ def test_template_and_tokens_are_phi4s(phi4_server: Running) -> None:
     assert response.headers["X-Prompt-Tokens"] == str(len(ids))
 
 
-def test_only_short_prompts_are_tokenised_on_the_event_loop(
+def test_long_conversations_have_a_thread_and_a_tokenizer_of_their_own(
     phi4_server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither is tokenised on the event loop."""
     there = []
-    engine = phi4_server.engine
+    pairs = phi4_server.engine.tokenizers
+    threads = [pool.submit(threading.get_ident).result() for pool, _ in pairs]
 
     def note(tokenizer: Any, turns: list[api.Turn]) -> list[int]:
-        there.append((tokenizer is engine.loop_tokenizer, threading.get_ident()))
-        ids = template(engine.loop_tokenizer, turns)
-        assert ids == template(engine.pool_tokenizer, turns)
-        return ids
+        # A tokenizer is not thread-safe: each has its thread.
+        which = [tokenizer is own for _, own in pairs].index(True)
+        there.append((which, threads.index(threading.get_ident())))
+        return template(tokenizer, turns)
 
     template = phi4_server.replace(monkeypatch, "apply_template", note)
-    most = api.INLINE_CHARS - api.TURN_CHARS
-    empty = [{"role": "user", "content": ""}] * (api.INLINE_CHARS // api.TURN_CHARS)
+    monkeypatch.setattr(api, "LONG_CHARS", 2048)  # the model holds 2,048 tokens
+    most = api.LONG_CHARS - api.TURN_CHARS
+    empty = [{"role": "user", "content": ""}] * (api.LONG_CHARS // api.TURN_CHARS)
     for prompt, history in (("a" * most, []), ("a" * (most + 1), []), ("a", empty)):
         asked = phi4_server.post(prompt, history=history, max_new_tokens=1)
         assert asked.status_code == 200
-    assert [short for short, _ in there] == [True, False, False]
-    assert len({thread for _, thread in there}) == 2
+    assert there == [(0, 0), (1, 1), (1, 1)]
+    turns = api.ChatRequest(prompt="你好 <|im_end|>").turns()
+    assert template(pairs[0][1], turns) == template(pairs[1][1], turns)
 
 
 def test_stops_at_every_end_token(tmp_path: Any) -> None:
@@ -119,7 +123,9 @@ def test_default_is_512_and_shrinks_to_the_room(
     assert int(short.headers["X-Completion-Tokens"]) == 512 - 107
 
 
-def test_no_room_is_a_400_that_names_both_numbers(server: Running) -> None:
+def test_no_room_is_a_400_that_names_both_numbers(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for body in ({"prompt": "x" * 505}, {"prompt": "x" * 600}):
         refused = server.post(**body)
         assert refused.status_code == 400
@@ -129,6 +135,17 @@ def test_no_room_is_a_400_that_names_both_numbers(server: Running) -> None:
     assert refused.status_code == 400
     assert re.search(r"\b505\b.*\b512\b", refused.json()["detail"])
     assert server.post("x", max_new_tokens=504).status_code == 200
+    # What cannot fit, whatever it says, is not even tokenised.
+    templated = server.spy(monkeypatch, "apply_template")
+    most = api.MAX_CHARS_PER_TOKEN * 512 - api.TURN_CHARS
+    for size in (most, most + 1):
+        refused = server.post("x" * size)
+        assert refused.status_code == 400
+        assert re.search(r"\b\d+\b.*\b512\b", refused.json()["detail"])
+        assert len(templated) == 1
+    empty = [{"role": "user", "content": ""}] * (most // api.TURN_CHARS + 1)
+    assert server.post("x", history=empty).status_code == 400
+    assert len(templated) == 1
 
 
 def test_a_body_that_is_no_json_is_told_why(server: Running) -> None:
@@ -136,7 +153,8 @@ def test_a_body_that_is_no_json_is_told_why(server: Running) -> None:
     body = b"{'prompt': 'quotes as a shell mangles them'}"
     refused = requests.post(server.url, data=body, headers=headers, timeout=DEADLINE)
     (error,) = refused.json()["detail"]
-    assert "double quotes" in error["ctx"]["error"]
+    assert refused.status_code == 422 and error["loc"] == ["body"]
+    assert error["msg"].startswith("send JSON: ") and "double quotes" in error["msg"]
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "Prompt", "temprature", ""])

@@ -45,21 +45,8 @@ def test_requests_and_tokens_are_counted(server: Running) -> None:
     for name in ("phi4_time_to_first_token", "phi4_time_per_output_token"):
         assert grown(f"{name}_seconds_count") == 2
         assert grown(f"{name}_seconds_sum") > 0
-
-
-def test_two_apps_of_one_process_count_for_themselves(
-    server: Running, tiny_folder: Path
-) -> None:
-    with running(model=tiny_folder) as other:
-        before = figures(server)
-        other.answer(max_new_tokens=3)
-        after, counted = figures(server), figures(other)
-    name = "phi4_completion_tokens_total"
-    assert counted[name,] == 3
-    assert after[name,] == before[name,]
-    requests_ = "phi4_requests_total", "/", "200"
-    assert counted[requests_] == 1
-    assert after.get(requests_) == before.get(requests_)
+    # Of the process, as Prometheus' library tells them.
+    assert {name for name, *_ in after} > {"python_info", "process_open_fds"}
 
 
 def test_gauges_show_what_is_in_hand(tiny_folder: Path) -> None:

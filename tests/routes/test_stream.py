@@ -16,6 +16,7 @@ import tiny
 from server import running, wait_until
 
 import api
+import model_download
 
 # Every proper beginning of a character in UTF-8; the last six bits do not matter.
 # Python's decoder counts half of a surrogate (ED A0) as one, until the next byte.
@@ -62,17 +63,19 @@ def test_every_cut_of_a_text_reads_the_same_streamed_and_whole(counting, say):
 
     def both(limit: int) -> tuple[Any, Any]:
         whole = counting.post("hello", max_new_tokens=limit)
-        return whole, net.told(counting.stream(max_new_tokens=limit))
+        return whole, net.told_with_end(counting.stream(max_new_tokens=limit))
 
     with ThreadPoolExecutor(12) as pool:
         results = list(pool.map(both, limits))
-    for limit, (whole, (deltas, last)) in zip(limits, results, strict=True):
+    for limit, (whole, (deltas, last, end)) in zip(limits, results, strict=True):
         expected = cut(text[:limit]).decode("utf-8", "replace")
         assert whole.json()["response"] == last["response"] == expected, limit
         assert "".join(deltas).encode() == expected.encode(), limit
         reason = "stop" if limit > len(text) else "length"
         assert whole.headers["X-Finish-Reason"] == reason
         assert whole.headers["X-Completion-Tokens"] == str(limit)
+        assert end["finish_reason"] == reason and end["completion_tokens"] == limit
+        assert whole.headers["X-Prompt-Tokens"] == str(end["prompt_tokens"])
         assert whole.json()["history"] == last["history"]
         assert list(last) == ["response", "history", "status", "time"]
 
@@ -80,7 +83,10 @@ def test_every_cut_of_a_text_reads_the_same_streamed_and_whole(counting, say):
 @pytest.mark.parametrize("builder", [tiny.small_tokenizer, tiny.phi4_tokenizer])
 def test_text_is_what_the_tokenizer_decodes(builder, tmp_path):
     tokenizer = builder(tmp_path)
-    table, rng = api.bytes_of_tokens(tokenizer, [], len(tokenizer)), random.Random(1)
+    sizes = SimpleNamespace(vocab_size=len(tokenizer))
+    model = SimpleNamespace(config=sizes)
+    table = model_download.bytes_of_tokens(model, tokenizer, [])
+    rng = random.Random(1)
     letters = tokenizer.encode(TEXTS["chinese"].decode() + FAMILY + " naïve")
     anything = range(len(tokenizer))
     for _ in range(1000):
@@ -163,8 +169,9 @@ def test_stop(counting, say, pieces, stop, text, tokens):
     assert whole.json()["response"] == text
     assert whole.headers["X-Finish-Reason"] == "stop"
     assert whole.headers["X-Completion-Tokens"] == str(tokens)
-    deltas, last = net.told(counting.stream(stop=stop))
+    deltas, last, end = net.told_with_end(counting.stream(stop=stop))
     assert "".join(deltas) == last["response"] == text
+    assert (end["finish_reason"], end["completion_tokens"]) == ("stop", tokens)
 
 
 def test_a_begun_stop_string_is_shown_when_the_limit_cuts_it(counting, say):
@@ -212,12 +219,16 @@ def test_an_answer_without_text_has_no_delta(counting, say):
 def test_pings_while_nothing_comes(counting, say, monkeypatch):
     monkeypatch.setattr(api, "PING_SECONDS", 0.02)
     say(*in_bytes(b"abcdef"))
-    counting.gate.allow(2)
+    counting.gate.close()
     found = net.events(counting.stream())
-    seen = [next(found) for _ in range(6)]  # more than two deltas: the rest are pings
+    ping = "", ": ping"
+    assert [next(found) for _ in range(3)] == [ping] * 3  # also before any text
+    counting.gate.allow(2)
+    seen = []
+    while ("message", '{"delta": "a"}') not in seen or seen[-2:] != [ping] * 2:
+        seen.append(next(found))  # and after some
     counting.gate.allow()
     seen += found
-    assert seen.count(("", ": ping")) >= 4
     deltas = [json.loads(data) for event, data in seen if event]
     assert "".join(delta.get("delta", "") for delta in deltas) == "abcdef"
 
@@ -310,5 +321,10 @@ def test_timeouts_before_and_after_the_first_token(counting_folder, monkeypatch)
         served.gate.close()
         late = served.stream()
         assert late.status_code == 504 and "1.5 seconds" in late.json()["detail"]
+        monkeypatch.setattr(api, "PING_SECONDS", 0.1)  # which opens the stream
+        opened = served.stream()
+        *pings, (event, data) = net.events(opened)
+        assert opened.status_code == 200 and {*pings} == {("", ": ping")}
+        assert event == "error" and "1.5 seconds" in json.loads(data)["detail"]
         served.gate.allow()
         wait_until(served.idle)

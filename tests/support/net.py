@@ -36,12 +36,8 @@ def packet(
     """A whole request that asks the server to close the connection afterwards. The
     body is bytes as they are, or anything else as JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = [
-        f"{method} {path} HTTP/1.1",
-        "Host: 127.0.0.1",
-        "Connection: close",
-        *headers,
-    ]
+    head = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
+    head += headers
     if not any(line.startswith("Transfer-Encoding") for line in headers):
         head.append(f"Content-Length: {len(data)}")
     head.append("Content-Type: application/json")
@@ -127,8 +123,22 @@ def events(source: Any) -> Iterator[tuple[str, str]]:
             data.append(value)
 
 
+END = {"finish_reason", "prompt_tokens", "completion_tokens", "total_tokens"}
+
+
 def told(source: Any) -> tuple[list[str], dict[str, Any]]:
-    """The deltas and the last event of a stream of `POST /`."""
-    found = [json.loads(data) for event, data in events(source) if event]
-    assert all(set(item) == {"delta"} for item in found[:-1]), found
-    return [item["delta"] for item in found[:-1]], found[-1]
+    """The deltas and the answer of a stream of `POST /` that is as it should be."""
+    deltas, answer, _ = told_with_end(source)
+    return deltas, answer
+
+
+def told_with_end(source: Any) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The same, and the event that ends the stream."""
+    found = [(event, json.loads(data)) for event, data in events(source) if event]
+    *names, last = [event for event, _ in found]
+    assert last == "end" and {*names} == {"message"}, found
+    *deltas, answer, end = [item for _, item in found]
+    assert all(set(item) == {"delta"} for item in deltas), found
+    assert set(end) == END, end
+    assert end["total_tokens"] == end["prompt_tokens"] + end["completion_tokens"], end
+    return [item["delta"] for item in deltas], answer, end

@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching import (
 )
 
 import api
+import model_download
 
 SMALL = {
     "PAGE_SIZE": 16,
@@ -97,7 +98,7 @@ def playing() -> Iterator[pytest.MonkeyPatch]:
     with overlap.overlapped(), pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(api, name, value)
-        patch.setattr(api, "can_compile", lambda: False)
+        patch.setattr(model_download, "can_compile", lambda: False)
         patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         nothing = lambda *_, **__: None
@@ -136,7 +137,8 @@ def gpu_model(
     patch: pytest.MonkeyPatch, compile_layers: bool = False, layers: int = 3
 ) -> transformers.PreTrainedModel:
     """That model with the GPU's attention."""
-    attention = api.install_patches(torch.device("cuda"), "bfloat16", compile_layers)
+    patch.setattr(model_download, "can_compile", lambda: compile_layers)
+    attention = api.install_patches(torch.device("cuda"))
     patch.setattr(api, "varlen_attn", reference)
     patch.setattr(continuous_api, "ModelRunner", CpuRunner)
     model = plain_model(layers)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import threading
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 # The end of this process ends the first one in there, and that all others.
 ISOLATED = ["setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork"]
 ISOLATED += ["--map-root-user", "--net", "--pid", "--mount-proc"]
@@ -42,10 +44,23 @@ def loopback_up() -> None:
         fcntl.ioctl(control, 0x8914, flags)  # SIOCSIFFLAGS
 
 
+def save_cluster(folder: Path) -> Path:
+    """Write what README.md says to save as cluster.py, alone in its folder."""
+    blocks = r"^```python\n(# cluster\.py\n.*?)^```$"
+    readme = (ROOT / "README.md").read_text()
+    (text,) = re.findall(blocks, readme, re.MULTILINE | re.DOTALL)
+    path = folder / "program" / "cluster.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
 def environment(folder: Path) -> dict[str, str]:
-    """For Ray's commands: its files in `folder`, no report of use, this Python."""
+    """For Ray's commands: its files in `folder`, cluster.py for `import`, no report of
+    use, this Python."""
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
     own = {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    own["PYTHONPATH"] = str(save_cluster(folder).parent)
     own |= {"PATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     return os.environ | own
 

@@ -25,7 +25,7 @@ from net import DEADLINE, free_port
 import api
 
 ROOT = Path(__file__).resolve().parents[2]
-# 240 tokens of the tiny model; too many characters for the event loop to tokenise.
+# 240 tokens of the tiny model.
 LONG_PROMPT = "assistant" * 240
 
 
@@ -221,19 +221,20 @@ class Running:
 
     @property
     def tokenizer(self) -> Any:
-        return self.engine.loop_tokenizer
+        return self.engine.tokenizers[0][1]
 
     def token_ids(self, body: Any, protected: bool = True) -> list[int]:
         """Of a request's conversation: the engine's, or those of the library alone."""
         if protected:
-            return self.engine.apply_template(self.engine.loop_tokenizer, body.turns())
+            return self.engine.apply_template(self.tokenizer, body.turns())
         messages = [turn.model_dump() for turn in body.turns()]
         template = self.tokenizer.apply_chat_template
         return template(messages, add_generation_prompt=True)["input_ids"]
 
     def in_tokenizer_thread(self, work: Callable[[], Any]) -> "Future[Any]":
-        """Work before which, and after which, that thread tokenises no prompt."""
-        return self.engine.tokenizer_pool.submit(work)
+        """Work before which, and after which, the thread that tokenises conversations
+        which are not long tokenises none."""
+        return self.engine.tokenizers[0][0].submit(work)
 
     def replace(self, patch: Any, name: str, new: Any) -> Any:
         """Put a function in the place of the engine's or the library's of this name.
