@@ -50,7 +50,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,6 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
@@ -104,19 +103,19 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         data = f"{self.format(record)}\n".encode(errors="backslashreplace")
-        # A pipe that can be written to has room for 4096 bytes at least.
-        for start in range(0, len(data), 4096):
-            if os.name == "nt" or select.select([], [2], [], 0)[1]:
-                os.write(2, data[start : start + 4096])
+        with suppress(OSError):  # the reader is gone
+            # A pipe that can be written to has room for 4096 bytes at least.
+            for start in range(0, len(data), 4096):
+                if os.name == "nt" or select.select([], [2], [], 0)[1]:
+                    os.write(2, data[start : start + 4096])
 
 
 def start_logging() -> None:
     """Log to stderr, unless logging has been set up already."""
-    if not logging.root.handlers:
-        line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        logging.basicConfig(format=line, handlers=[StderrHandler()])
-        transformers.logging.disable_default_handler()
-        transformers.logging.enable_propagation()
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=line, handlers=[StderrHandler()])
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
 
 
 # ------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ class Settings(BaseSettings):
     request_timeout: float = Field(300, gt=0)
     """Seconds until a request that is not finished is given up with a 504."""
     body_timeout: float = Field(30, gt=0)
-    """Seconds a client may take to send a request, or to take what it is sent."""
+    """Seconds a client may take to send its request body (408 after that)."""
     drain_timeout: float = Field(30, ge=0)
     """Seconds that answers in flight get to finish after SIGTERM or Ctrl-C."""
     stall_timeout: float = Field(120, gt=0)
@@ -763,19 +762,20 @@ async def error_response(request: Request, error: Any) -> Response:
     openai, param = path.startswith("/v1/"), None
     status = getattr(error, "status_code", 500)
     detail = message = getattr(error, "detail", "internal error: see the server's log")
+    request.state.why = detail  # for the log
     if isinstance(error, RequestValidationError):
         status = 400 if openai else 422
         detail = validation_details(error)
         deepest = max(detail, key=lambda each: len(each["loc"]))
         param = ".".join(map(str, deepest["loc"][1:])) or None
         message = f"{param or 'the body'}: {deepest['msg']}"
-    request.state.why = message  # for the log
+        # The log shall not have names that a client has made up.
+        request.state.why = deepest["msg"] if "extra" in deepest["type"] else message
     kind = "invalid_request_error" if status < 500 else "server_error"
     parts = {"message": message, "type": kind, "param": param, "code": None}
     content = {"error": parts} if openai else {"detail": detail}
-    headers = getattr(error, "headers", None)
     text = json.dumps(content, default=str)
-    return Response(text, status, headers, "application/json")
+    return Response(text, status, getattr(error, "headers", None), "application/json")
 
 
 def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
@@ -904,6 +904,8 @@ async def stream_events(
 ) -> AsyncIterator[bytes]:
     """Server-sent events from the beginning of a generation to its end."""
     sent, finished = 0, None
+    if not generation.error:
+        generation.changed.clear()  # what has come until now is sent first
     try:
         while not finished:
             data = b": ping\n\n"
@@ -928,7 +930,7 @@ def ping(engine: Engine, generation: Generation) -> None:
 
 
 class ErrorBody(BaseModel):
-    detail: str
+    detail: str | list[dict[str, Any]]
 
 
 class OpenAIErrorBody(BaseModel):
@@ -942,6 +944,7 @@ class Health(BaseModel):
 
 
 STREAM = {200: {"content": {"text/event-stream": {}}}}
+TEXT = {200: {"content": {"text/plain": {}}}}
 ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
 OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
 OPENAI = STREAM | OPENAI_ERRORS
@@ -1001,7 +1004,7 @@ def count(generation: Generation) -> None:
         TPOT.observe((generation.last_token - generation.first_token) / (new - 1))
 
 
-@secured.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
+@secured.get("/metrics", response_class=Response, responses=TEXT | ERRORS)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
@@ -1074,7 +1077,6 @@ def check_host(request: Request) -> None:
 
 def end_request(request: Request, request_id: str, status: int, started: float) -> None:
     """Free the place of a request that has ended in whatever way, count and log it."""
-    app = request.app
     route = getattr(request.scope.get("route"), "path", "other")
     REQUESTS.labels(route, status).inc()
     path = request.scope["raw_path"].decode("latin-1")  # cannot hold a line break
@@ -1082,7 +1084,7 @@ def end_request(request: Request, request_id: str, status: int, started: float) 
     generation: Generation | None = getattr(request.state, "generation", None)
     if generation:
         request.state.client_watch.cancel()
-        app.state.engine.release(generation, HTTPException(499))  # if it runs still
+        request.app.state.engine.release(generation, HTTPException(499))  # if it runs
         count(generation)
         line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
         line += f" first={generation.ttft:.3f}s"
