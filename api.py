@@ -322,6 +322,10 @@ class StreamOptions(Strict, extra="ignore"):
     include_usage: bool | None = None
 
 
+class TextFormat(Strict, extra="ignore"):
+    type: Literal["text"]
+
+
 class TextPart(Strict, extra="ignore"):
     type: Literal["text"]
     text: Text
@@ -384,7 +388,7 @@ class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXA
     max_completion_tokens: TokenLimit = None
     stream_options: StreamOptions | None = None
     n: NeutralOne = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: TextFormat | None = None
     logprobs: NeutralFalse = None
     tools: NeutralList = None
     functions: NeutralList = None
@@ -709,9 +713,8 @@ class Engine:
         limit = min(wanted or self.settings.max_new_tokens, room)
         if limit < (wanted or 1):
             need = f"{prompt_tokens} prompt tokens and {wanted or 'any'} new ones"
-            raise HTTPException(
-                400, f"{need} do not fit in {self.max_model_len} tokens"
-            )
+            why = f"{need} do not fit in {self.max_model_len} tokens"
+            raise HTTPException(400, why)
         return limit
 
     def process_outputs(self, outputs: list[Any]) -> None:
@@ -1662,9 +1665,8 @@ def listen(host: str, port: int) -> socket.socket:
         dual = host == "::" and socket.has_dualstack_ipv6()  # of IPv4, too
         return socket.create_server((host, port), family=family, dualstack_ipv6=dual)
     except OSError as error:
-        hint = "free that port, or give another --port or --host"
         why = f"cannot listen on --host {host} --port {port}: {error.strerror}"
-        raise ValueError(f"{why}; {hint}") from error
+        raise ValueError(f"{why}; free that port, or give another") from error
 
 
 def main() -> int:

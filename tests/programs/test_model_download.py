@@ -178,7 +178,9 @@ def test_the_server_takes_the_downloaded_folder(
     assert command[:2] == ["python", "api.py"]
     settings = api.Settings(_cli_parse_args=[*command[2:], "--device", "cpu"])
     settings.model = tmp_path / settings.model
-    assert model_download.preflight(settings).type == "cpu"  # it would name what is missing
+    assert (
+        model_download.preflight(settings).type == "cpu"
+    )  # it would name what is missing
     assert api.Settings().model == FOLDER  # without --dir
 
 
