@@ -71,30 +71,41 @@ def test_template_and_tokens_are_phi4s(phi4_server: Running) -> None:
     assert response.headers["X-Prompt-Tokens"] == str(len(ids))
 
 
-def test_long_conversations_have_a_thread_and_a_tokenizer_of_their_own(
+def test_only_short_conversations_are_tokenised_on_the_event_loop(
     phi4_server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither is tokenised on the event loop."""
+    """Longer ones have a thread, and the longest another one."""
     there = []
-    pairs = phi4_server.engine.tokenizers
-    threads = [pool.submit(threading.get_ident).result() for pool, _ in pairs]
+    engine = phi4_server.engine
+    owned = [engine.loop_tokenizer, *(own for _, own in engine.tokenizers)]
+    threads = [
+        pool.submit(threading.get_ident).result() for pool, _ in engine.tokenizers
+    ]
+    threads.insert(0, phi4_server.call(identity()))
 
     def note(tokenizer: Any, turns: list[api.Turn]) -> list[int]:
         # A tokenizer is not thread-safe: each has its thread.
-        which = [tokenizer is own for _, own in pairs].index(True)
+        which = [tokenizer is own for own in owned].index(True)
         there.append((which, threads.index(threading.get_ident())))
         return template(tokenizer, turns)
 
     template = phi4_server.replace(monkeypatch, "apply_template", note)
-    monkeypatch.setattr(api, "LONG_CHARS", 2048)  # the model holds 2,048 tokens
-    most = api.LONG_CHARS - api.TURN_CHARS
-    empty = [{"role": "user", "content": ""}] * (api.LONG_CHARS // api.TURN_CHARS)
-    for prompt, history in (("a" * most, []), ("a" * (most + 1), []), ("a", empty)):
-        asked = phi4_server.post(prompt, history=history, max_new_tokens=1)
-        assert asked.status_code == 200
-    assert there == [(0, 0), (1, 1), (1, 1)]
+    monkeypatch.setattr(api, "LONG_CHARS", 4000)  # the model holds 2,048 tokens
+    for limit, level in ((api.INLINE_CHARS, 0), (api.LONG_CHARS, 1)):
+        most = limit - api.TURN_CHARS
+        empty = [{"role": "user", "content": ""}] * (limit // api.TURN_CHARS)
+        for prompt, history in (("a" * most, []), ("a" * (most + 1), []), ("a", empty)):
+            asked = phi4_server.post(prompt, history=history, max_new_tokens=1)
+            assert asked.status_code == 200
+        assert there == [(level, level), (level + 1, level + 1), (level + 1, level + 1)]
+        there.clear()
     turns = api.ChatRequest(prompt="你好 <|im_end|>").turns()
-    assert template(pairs[0][1], turns) == template(pairs[1][1], turns)
+    assert len({tuple(template(own, turns)) for own in owned}) == 1
+
+
+async def identity() -> int:
+    """Of the thread that runs it."""
+    return threading.get_ident()
 
 
 def test_stops_at_every_end_token(tmp_path: Any) -> None:
