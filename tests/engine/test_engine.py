@@ -34,23 +34,33 @@ def submit(
 # ------------------------------------------------------------------------------
 
 
-def reference(folder: Path, new: int) -> list[list[int]]:
-    """Greedy float32 answers of `model.generate`, one prompt at a time."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+def reference(folder: Path, new: int, at_once: int = 1) -> list[list[int]]:
+    """Greedy float32 answers of `model.generate` to so many prompts at once."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    ends = model.generation_config.eos_token_id
     greedy = transformers.GenerationConfig(
         max_new_tokens=new,
         do_sample=False,
-        eos_token_id=model.generation_config.eos_token_id,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
     )
     answers = []
-    for prompt in PROMPTS:
-        turns = [{"role": "user", "content": prompt}]
+    for first in range(0, len(PROMPTS), at_once):
         ids = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [
+                [{"role": "user", "content": p}]
+                for p in PROMPTS[first : first + at_once]
+            ],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
         )
         out = model.generate(**ids, generation_config=greedy)
-        answers.append(out[0, ids["input_ids"].shape[1] :].tolist())
+        for row in out[:, ids["input_ids"].shape[1] :].tolist():
+            length = next((n for n, token in enumerate(row, 1) if token in ends), new)
+            answers.append(row[:length])
     return answers
 
 
@@ -78,7 +88,8 @@ def engine_answers(served: Running, new: int) -> list[list[int]]:
 
 
 def test_greedy_answers_equal_generate(tiny_folder: Path) -> None:
-    expected = reference(tiny_folder, 24)
+    with tiny.one_thread():
+        expected = reference(tiny_folder, 24)
     with running(model=tiny_folder, max_in_flight=32) as server:
         assert engine_answers(server, 24) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
@@ -87,7 +98,8 @@ def test_greedy_answers_equal_generate(tiny_folder: Path) -> None:
 @pytest.mark.demo
 def test_demo_answers_equal_generate(demo_folder: Path) -> None:
     with running(demo=True, max_in_flight=32) as server:
-        assert engine_answers(server, 24) == reference(demo_folder, 24)
+        expected = reference(demo_folder, 24, at_once=len(PROMPTS))
+        assert engine_answers(server, 24) == expected
         assert "Paris" in server.answer("What is the capital of France?")
         health = requests.get(server.url + "/health", timeout=5).json()
         assert health["model"].startswith(model_download.DEMO_NAME)

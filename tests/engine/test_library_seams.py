@@ -246,8 +246,7 @@ def test_compiled_layers_have_no_graph_break(played_gpu: pytest.MonkeyPatch) -> 
         for i, prompt in enumerate(prompts):
             manager.add_request(prompt, str(i), max_new_tokens=8)
         found = results(manager, set("0123"))
-    plain = plain_model(layers=12)
-    expected = [generated(plain, prompt, 8) for prompt in prompts]
+    expected = generated(plain_model(layers=12), prompts, 8)
     assert [found[str(i)] for i in range(len(prompts))] == expected
     # One for each kind of step, however many layers; requests add none.
     assert 0 < warmed_up <= 3

@@ -133,22 +133,21 @@ def test_a_client_who_leaves_frees_the_place(server: Any) -> None:
     wait_until(lambda: "requests_in_flight 0.0" in metrics(server))
 
 
-# torchrun itself ends with 1 after a signal, whatever its processes end with.
-@pytest.mark.parametrize(
-    ("whom", "number", "code"), [("all", signal.SIGTERM, 1), (0, signal.SIGINT, 0)]
-)
-def test_leaving_finishes_answers_and_ends_all(
-    folder: Path, whom: Any, number: int, code: int
-) -> None:
+def leave(server: Any, whom: Any, number: int, code: int) -> None:
+    """A signal to torchrun or to one process: the answer ends, then all processes."""
+    _, pieces = begin(server, LONG)
+    (server if whom == "all" else server.parts[whom]).send_signal(number)
+    wait_until(lambda: "leaving: 1 requests" in server.log())
+    _, last = net.told(b"".join(pieces))
+    assert "history" in last
+    assert server.wait(DEADLINE) == code
+    assert gone(server)
+    assert server.log().count("Traceback") == code  # torchrun's own
+
+
+def test_leaving_finishes_answers_and_ends_all(folder: Path) -> None:
     with split(folder) as server:
-        _, pieces = begin(server, LONG)
-        (server if whom == "all" else server.parts[whom]).send_signal(number)
-        wait_until(lambda: "leaving: 1 requests" in server.log())
-        _, last = net.told(b"".join(pieces))
-        assert "history" in last
-        assert server.wait(DEADLINE) == code
-        assert gone(server)
-        assert server.log().count("Traceback") == code  # torchrun's own
+        leave(server, 0, signal.SIGINT, 0)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -170,3 +169,9 @@ def test_a_failure_is_not_mended_on_one_gpu_alone(
         one.gate.fail()
         assert one.post().status_code == 503
         assert wait_until(lambda: one.ended) == [api.EXIT_ENGINE]
+
+
+def test_so_does_a_signal_to_all(server: Any) -> None:
+    """The last test: it ends the server that others share."""
+    # torchrun itself ends with 1 after a signal, whatever its processes end with.
+    leave(server, "all", signal.SIGTERM, 1)

@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import codecs
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -53,6 +54,7 @@ SERVER = {
     "dtype": "float32",
     "host": "127.0.0.1",
 }
+MODEL = {"context": CONTEXT, "eos": "natural", "seed": 3}
 CLIENTS = 12
 PROMPTS = 200
 WORDS = [
@@ -88,28 +90,34 @@ class Reference:
         return whole.split(stop)[0] if stop else whole
 
 
-def references(folder: Path, count: int = PROMPTS) -> list[Reference]:
+@functools.cache
+def references(count: int = PROMPTS) -> list[Reference]:
     """Prompts of many lengths whose greedy float32 answers are pairwise different."""
     torch.set_num_threads(1)  # more only wait for each other on so small a model
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    ).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny.tiny_model(Path(folder), **MODEL)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder, dtype=torch.float32).eval()
     ends = tokenizer.convert_tokens_to_ids(list(tiny.END_TOKENS))
     rng = random.Random(1)
-    by_length: dict[int, list[tuple[str, list[int]]]] = {}
+    asked: list[tuple[str, list[int]]] = []
     for number in range(2 * count):
         prompt = f"{number} {' '.join(rng.choices(WORDS, k=rng.randint(1, 30)))}"
         turns = [{"role": "user", "content": prompt}]
         tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        ids = tokens["input_ids"]
-        by_length.setdefault(len(ids), []).append((prompt, ids))
+        asked.append((prompt, tokens["input_ids"]))
+    asked.sort(key=lambda each: len(each[1]))  # so that there is little to pad
     found: dict[str, Reference] = {}  # by answer
-    for length, batch in by_length.items():
-        prompts = torch.tensor([ids for _, ids in batch])
+    for first in range(0, len(asked), 50):
+        batch = asked[first : first + 50]
+        padded = tokenizer.pad(
+            {"input_ids": [ids for _, ids in batch]},
+            padding_side="left",
+            return_tensors="pt",
+        )
+        length = padded["input_ids"].shape[1]
         output = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
+            **padded,
             do_sample=False,
             max_new_tokens=LONGEST,
         )
@@ -378,7 +386,8 @@ def served(folder: Path, args: Any) -> Iterator[tuple[int, int, Any]]:
             for name, value in SERVER.items()
             for part in (f"--{name.replace('_', '-')}", str(value))
         ]
-        with spawned("--model", str(folder), *options) as process:
+        one = {"OMP_NUM_THREADS": "1"}  # as above
+        with spawned("--model", str(folder), *options, **one) as process:
             yield process.port, process.pid, None
 
 
@@ -433,8 +442,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "tiny"
-        tiny.tiny_model(folder, context=CONTEXT, eos="natural", seed=3)
-        refs = references(folder)
+        tiny.tiny_model(folder, **MODEL)
+        refs = references()
         with served(folder, args) as (port, pid, server):
             free_at_first = server.free_cache() if server else 0
             soak, figures = asyncio.run(measure(port, pid, refs, args))

@@ -11,6 +11,7 @@ import requests
 import tiny
 from server import begin, is_ready, spawned, wait_until
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more only wait for each other: see tiny.py
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--max-in-flight", "1")
 LONG, ENDLESS = 1000, 15000  # tokens: seconds; minutes
 
@@ -23,12 +24,36 @@ def folder(tmp_path_factory):
     return path
 
 
+def serving(folder, *more, **given):
+    return spawned("--model", str(folder), *OPTIONS, *more, **ONE_THREAD, **given)
+
+
 @pytest.fixture
 def start(folder):
     with contextlib.ExitStack() as stack:
-        yield lambda *more, **environment: stack.enter_context(
-            spawned("--model", str(folder), *OPTIONS, *more, **environment)
+        yield lambda *more, **given: stack.enter_context(
+            serving(folder, *more, **given)
         )
+
+
+@pytest.fixture(scope="module")
+def patient(folder):
+    """Servers that begin to start together, which takes half the time on two cores; one
+    for each test that does not care about the options."""
+    with contextlib.ExitStack() as stack:
+        limits = "--drain-timeout", "600", "--body-timeout", "600"
+        yield [
+            stack.enter_context(serving(folder, *limits, wait=False)) for _ in range(5)
+        ]
+
+
+@pytest.fixture
+def server(patient):
+    """One of them, which is ready."""
+    one = patient.pop()
+    wait_until(lambda: one.poll() is not None or is_ready(one.url), 5 * 120)
+    assert one.poll() is None, one.log()
+    return one
 
 
 def health(server):
@@ -40,8 +65,7 @@ def metrics(server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
-    server = start("--drain-timeout", "600")
+def test_admitted_answers_finish_and_new_ones_are_refused(server, number):
     with (
         requests.Session() as kept,
         net.connect(server.url) as queued,
@@ -54,6 +78,8 @@ def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
         server.send_signal(number)
         wait_until(lambda: "leaving" in server.log())
         assert "2 requests" in server.log()
+        while first.count(b"delta") < LONG // 4:  # and goes on to listen meanwhile
+            first += next(pieces)
         answer = kept.get(server.url + "/health")
         assert (answer.status_code, answer.json()["status"]) == (503, "draining")
         for session in (kept, requests):
@@ -68,8 +94,7 @@ def test_admitted_answers_finish_and_new_ones_are_refused(start, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(start, number):
-    server = start()
+def test_a_second_signal_ends_at_once(server, number):
     _, pieces = begin(
         server.url, ENDLESS
     )  # held: a client that leaves is not waited for
@@ -92,8 +117,7 @@ def test_no_answer_is_waited_for_longer_than_the_drain_timeout(start):
     assert "Traceback" not in server.log()
 
 
-def test_an_idle_server_leaves_although_connections_are_open(start):
-    server = start()
+def test_an_idle_server_leaves_although_connections_are_open(server):
     half = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
     with net.connect(server.url, half), requests.Session() as kept:
         kept.get(server.url + "/health")

@@ -8,6 +8,7 @@ from typing import Any
 
 import overlap
 import pytest
+import tiny
 import torch
 import transformers
 from torch import Tensor
@@ -95,7 +96,11 @@ class CpuRunner(api.FlashRunner):
 @contextlib.contextmanager
 def playing() -> Iterator[pytest.MonkeyPatch]:
     """For as long as it lasts. What install_patches sets stays set: it is undone."""
-    with overlap.overlapped(), pytest.MonkeyPatch.context() as patch:
+    with (
+        overlap.overlapped(),
+        tiny.one_thread(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in SMALL.items():
             patch.setattr(api, name, value)
         patch.setattr(model_download, "can_compile", lambda: False)
@@ -153,12 +158,16 @@ def create_manager(model: transformers.PreTrainedModel, blocks: int = 200) -> An
 
 
 def generated(
-    model: transformers.PreTrainedModel, prompt: list[int], new: int = 24
-) -> list[int]:
-    """The tokens of a plain `generate`."""
+    model: transformers.PreTrainedModel, prompts: list[list[int]], new: int = 24
+) -> list[list[int]]:
+    """The tokens of a plain `generate`, of all prompts at once."""
+    longest = max(map(len, prompts))
+    padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+    rows = zip(padding, prompts, strict=True)
+    tokens = torch.tensor([before + prompt for before, prompt in rows])
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    (tokens,) = model.generate(torch.tensor([prompt]), max_new_tokens=new, **options)
-    return tokens[len(prompt) :].tolist()
+    options |= {"attention_mask": tokens.ne(0).long(), "max_new_tokens": new}
+    return model.generate(tokens, **options)[:, longest:].tolist()
 
 
 def results(manager: Any, names: set[str]) -> dict[str, list[int]]:

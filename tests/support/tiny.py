@@ -6,9 +6,10 @@ Each builder fills a folder that `AutoTokenizer.from_pretrained`, and for models
 `python tests/support/tiny.py FOLDER` writes a small model for trying the server by hand.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,18 @@ CL100K_SPLIT = (
 )
 SMALL_WORDS = ("user", "system", "assistant", " the", " you", "ing", "hello", "ll")
 IMPOSSIBLE, CERTAIN = -1e4, 1e4
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: on models as small as these several only wait for each
+    other, for the most part of a second per answer where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def phi4_tokenizer(folder: Path, max_length: int = 16384) -> PreTrainedTokenizerBase:
