@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h11
 import pytest
 import torch
 import uvicorn
@@ -34,6 +35,8 @@ from transformers.generation.continuous_batching import (
     scheduler,
     utils,
 )
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import api
 
@@ -87,8 +90,15 @@ SIGNATURES: list[tuple[Callable, str]] = [
     ),
     (uvicorn.Server.handle_exit, "self sig frame"),
     (uvicorn.Server.on_tick, "self counter"),
+    (H11Protocol.__init__, "self config server_state app_state _loop"),
+    (H11Protocol.data_received, "self data"),
+    (H11Protocol.handle_events, "self"),
+    (H11Protocol.timeout_keep_alive_handler, "self"),
+    (H11Protocol._unset_keepalive_if_required, "self"),
+    (h11.Connection.next_event, "self"),
     (APIRoute.get_route_handler, "self"),
     (Request.stream, "self"),
+    (Request.json, "self"),
 ]
 # Called with these by name, or with so many by position; there may be others.
 TAKES: list[tuple[Callable, str]] = [
@@ -115,6 +125,9 @@ GLOBALS: list[tuple[Any, str]] = [
     (torch._inductor.config, "coordinate_descent_tuning"),
     (nn.Module, "compile"),
     (PreTrainedConfig, "_attn_implementation"),
+    (h11.Connection, "trailing_data"),
+    (FlowControl, "pause_reading"),
+    (FlowControl, "resume_reading"),
 ]
 # Of a manager that has run, as paths of attributes.
 ATTRIBUTES = [
@@ -218,7 +231,7 @@ def test_attributes_of_a_manager(played_gpu: pytest.MonkeyPatch) -> None:
 def test_the_library_takes_our_kernel_for_flash_attention(
     played_gpu: pytest.MonkeyPatch,
 ) -> None:
-    api.install_patches(torch.device("cuda"), "bfloat16", False)
+    api.install_patches(torch.device("cuda"))
     functions, _ = flash.lazy_import_flash_attention(api.FLASH)
     assert functions[2] is api.varlen_attn
 
@@ -240,7 +253,6 @@ def test_compiled_layers_have_no_graph_break(played_gpu: pytest.MonkeyPatch) -> 
     )
     torch._dynamo.reset()
     prompts = [[5, 6, 7], [8] * 40, list(range(3, 90)), [9]]
-    played_gpu.setattr(api, "can_compile", lambda: True)
     with running(gpu_model(played_gpu, compile_layers=True, layers=12)) as manager:
         warmed_up = len(graphs)
         for i, prompt in enumerate(prompts):

@@ -9,6 +9,7 @@ from server import running
 from torch import nn
 
 import api
+import model_download
 
 
 @pytest.mark.parametrize(
@@ -32,9 +33,9 @@ def test_what_cannot_be_quantized_is_refused(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = api.Settings(model=tiny_folder, device="cpu", quantize="int4")
-    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_download.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
-        api.preflight(settings)
-    monkeypatch.setattr(api, "WORLD_SIZE", 2)
+        model_download.preflight(settings)
+    monkeypatch.setattr(model_download, "WORLD_SIZE", 2)
     with pytest.raises(ValueError, match="one GPU"):
-        api.preflight(settings)
+        model_download.preflight(settings)
