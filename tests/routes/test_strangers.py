@@ -126,7 +126,7 @@ def test_lines_without_end_are_cut_off(keyed, first):
 
 
 def test_a_head_of_many_lines_is_refused_even_if_it_comes_at_once(keyed):
-    lines = ["a: b"] * 20000
+    lines = ["a: b"] * 6000  # 36 kB, which one read may bring
     with net.connect(keyed.url, head("/health", *lines, method="GET")) as client:
         assert b" 200 " not in net.rest(client)[:20]
     some = ["a: b"] * 500
@@ -182,19 +182,13 @@ def test_what_follows_a_refusal_is_read_slowly(keyed):
         assert time.monotonic() - started > 0.5
 
 
-def test_a_protocol_error_in_an_answer_ends_it_without_a_traceback(shared, caplog):
-    body = json.dumps({"prompt": "x", "stream": True, "max_new_tokens": 400}).encode()
-    request = head("/", CHUNKED, "Content-Type: application/json")
-    request += b"%x\r\n%b\r\n0\r\n" % (len(body), body)
-    with shared.gate as gate:
-        gate.allow(3)
-        with net.connect(shared.url, request + b"\r\n") as client:
-            assert b" 200 " in client.recv(1000)
-            shared.wait_pending(1)
-            client.sendall(b"GARBAGE\r\n\r\n" * 8000)
-            wait_until(lambda: closed(client))
-        shared.wait_pending(0)
-    wait_until(shared.idle)
+def test_bad_chunks_after_a_refusal_end_the_connection_without_a_traceback(
+    keyed, caplog
+):
+    with net.connect(keyed.url, head("/", CHUNKED)) as client:
+        assert b" 401 " in client.recv(1000)
+        client.sendall(b"no size of a chunk\r\n")
+        wait_until(lambda: closed(client))
     assert "Traceback" not in caplog.text
 
 
