@@ -116,6 +116,7 @@ def start_logging() -> None:
     logging.basicConfig(format=line, handlers=[StderrHandler()])
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
+    transformers.logging.disable_progress_bar()  # it would raise what is dropped here
 
 
 # ------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def words(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 Prefix = Annotated[str, AfterValidator(lambda path: f"/{path.strip('/')}".rstrip("/"))]
 
 
@@ -147,9 +148,9 @@ class Settings(BaseSettings):
     """Address to listen on; 127.0.0.1 keeps the server private to this machine."""
     port: int = Field(6006, ge=1, le=65535)
     """TCP port to listen on."""
-    root_path: Prefix = ""
+    root_path: Prefix = Field("", pattern="^[!-~]*$")
     """Path prefix under which a proxy serves this, and which it strips: /phi4."""
-    allowed_hosts: str = ""
+    allowed_hosts: str = Field("", pattern="^[^:/]*$")
     """Without a key: other names this server has, separated by commas; * is any."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N. auto is the GPU; the demo also takes the CPU."""
@@ -203,9 +204,10 @@ class Settings(BaseSettings):
         """An empty value, as compose files make them, is the default; so is what
         Kubernetes puts into PHI4_PORT where a Service is named phi4."""
         name = info.field_name
-        if name == "api_key" and not words(value):
+        str(value).encode()  # raises a ValueError for what is not UTF-8
+        if name == "api_key" and not words(value or ""):
             raise ValueError("is empty; without it, anyone who can connect may ask")
-        from_kubernetes = name == "port" and str(value).startswith("tcp://")
+        from_kubernetes = name == "port" and "://" in str(value)
         if value == "" or from_kubernetes:
             return cls.model_fields[name].default
         return value
@@ -796,7 +798,8 @@ def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
         kept = {key: each[key] for key in ("type", "loc", "msg", "ctx") if key in each}
         kept["loc"] = [part for part in each["loc"] if "[" not in str(part)]
         if each["type"] == "json_invalid":
-            kept |= {"loc": ["body"], "msg": f"send JSON: {each['ctx']['error']}"}
+            why = f"send JSON: {each['ctx']['error']} at {each['loc'][-1]}"
+            kept |= {"loc": ["body"], "msg": why}
         elif kept["loc"] == ["body"]:
             kept["msg"] = "send a JSON object, with Content-Type: application/json"
         details.append(kept)
@@ -1002,17 +1005,6 @@ WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a plac
 CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 
 
-def count(generation: Generation) -> None:
-    """Add a generation that has ended to the figures."""
-    new = generation.completion_tokens
-    PROMPT_TOKENS.inc(generation.prompt_tokens)
-    NEW_TOKENS.inc(new)
-    if new:
-        TTFT.observe(generation.ttft)
-    if new > 1:
-        TPOT.observe((generation.last_token - generation.first_token) / (new - 1))
-
-
 @secured.get("/metrics", response_class=Response, responses=TEXT | ERRORS)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
@@ -1048,8 +1040,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            check_framing(request)
-            check_host(request)
+            check_head(request)
             await self.app(scope, receive, labelled_send)
         except asyncio.CancelledError:
             logger.debug("%s ends, the server shuts down", request_id)
@@ -1063,21 +1054,18 @@ class RequestMiddleware:
             end_request(request, request_id, status or 500, started)
 
 
-def check_framing(request: Request) -> None:
-    """Raises a 400 if a proxy could see another end of the body than this server."""
+def check_head(request: Request) -> None:
+    """Raises a 400 if a proxy could see another end of the body than this server; and,
+    where there is no key, a 403 if Host is a name that is not this machine's: a web page
+    whose name was made to lead here (DNS rebinding) would be answered."""
     if {"content-length", "transfer-encoding"} <= {*request.headers}:
         raise HTTPException(400, "Content-Length beside Transfer-Encoding", CLOSE)
-
-
-def check_host(request: Request) -> None:
-    """Raises a 403 where there is no key and Host is a name that is not this machine's:
-    a web page whose name was made to lead here (DNS rebinding) would be answered."""
     settings: Settings = request.app.state.engine.settings
-    names = words(f"localhost {socket.gethostname()} {settings.allowed_hosts}".lower())
+    names = f"localhost {socket.gethostname()} {settings.host} {settings.allowed_hosts}"
     host = request.headers.get("host") or "localhost"  # HTTP/1.0 needs none
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-        if not settings.api_key and not {name, "*"} & {*names}:
+        if not settings.api_key and not {name, "*"} & {*words(names.lower())}:
             ipaddress.ip_address(name)
     except ValueError as error:
         why = f"this is not the server {host!r}: see --allowed-hosts"
@@ -1094,13 +1082,18 @@ def end_request(request: Request, request_id: str, status: int, started: float) 
     if generation:
         request.state.client_watch.cancel()
         request.app.state.engine.release(generation, HTTPException(499))  # if it runs
-        count(generation)
+        PROMPT_TOKENS.inc(generation.prompt_tokens)
+        NEW_TOKENS.inc(generation.completion_tokens)
+        if generation.first_token:
+            TTFT.observe(generation.ttft)
+        if (later := generation.completion_tokens - 1) > 0:
+            TPOT.observe((generation.last_token - generation.first_token) / later)
         line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
         line += f" first={generation.ttft:.3f}s"
         logger.debug("%s answers %r", generation.id, generation.text)
     if why := getattr(request.state, "why", None):
         line += f" why={why[:200]!a}"
-    level = logging.DEBUG if path == "/health" else logging.INFO
+    level = logging.DEBUG if route == "/health" else logging.INFO
     logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
 
 
@@ -1648,7 +1641,7 @@ def follow(settings: Settings) -> int:
 def read_settings(command_line: bool = False) -> Settings:
     """The settings of the environment and, if asked for, of the command line. Ends the
     process with EXIT_WRONG_START and a line for each that is wrong."""
-    options = {arg.partition("=")[0] for arg in sys.argv} if command_line else set()
+    options = {arg.partition("=")[0].lower() for arg in sys.argv * command_line}
     try:
         return Settings(_cli_parse_args=command_line)
     except ValidationError as error:
@@ -1665,11 +1658,11 @@ def read_settings(command_line: bool = False) -> Settings:
 def listen(host: str, port: int) -> socket.socket:
     """Raises ValueError if that is not possible."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        dual = host == "::" and socket.has_dualstack_ipv6()  # of IPv4, too
-        return socket.create_server((host, port), family=family, dualstack_ipv6=dual)
-    except OSError as error:
-        why = f"cannot listen on --host {host} --port {port}: {error.strerror}"
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        dual = address[0] == "::" and socket.has_dualstack_ipv6()  # of IPv4, too
+        return socket.create_server(address, family=family, dualstack_ipv6=dual)
+    except (OSError, UnicodeError) as error:
+        why = f"cannot listen on --host {host} --port {port}: {error}"
         raise ValueError(f"{why}; free that port, or give another") from error
 
 

@@ -461,9 +461,17 @@ def preflight(settings: Any) -> "torch.device":
 
 
 def quantization_method(folder: Path) -> str | None:
-    """The method by which the weights in a folder have been quantized, if any."""
-    config = json.loads((folder / "config.json").read_bytes())
-    return (config.get("quantization_config") or {}).get("quant_method")
+    """The method by which the weights in a folder have been quantized, if any.
+
+    Raises ValueError for a config.json that is none.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        quantized = config.get("quantization_config") or {}
+        # Folders of early versions of bitsandbytes do not name the method.
+        return quantized.get("quant_method", "bitsandbytes" if quantized else None)
+    except AttributeError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
 def _check_gpu(device: str, settings: Any) -> None:

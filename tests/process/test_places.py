@@ -55,6 +55,12 @@ WRONG = [
     ([], {"PHI4_API_KEY": " ,\t,\u3000"}, "environment variable PHI4_API_KEY", "empty"),
     (["--api-key", ""], {}, "--api-key", "empty"),
     (["--api-key=,"], {"PHI4_API_KEY": "right"}, "--api-key", "empty"),
+    (["--API-KEY", ""], {}, "--api-key", "empty"),
+    (["--api-key", "null"], {}, "--api-key", "empty"),
+    ([], {"PHI4_API_KEY": "\udcff"}, "environment variable PHI4_API_KEY", "utf-8"),
+    (["--root-path", "/ü"], {}, "--root-path", "ü"),
+    (["--allowed-hosts", "http://phi4.example"], {}, "--allowed-hosts", "phi4.example"),
+    (["--allowed-hosts", "phi4.example:8443"], {}, "--allowed-hosts", "phi4.example"),
 ]
 
 
@@ -78,11 +84,12 @@ def test_two_wrong_settings_are_two_lines(monkeypatch, caplog):
     ]
 
 
-def test_what_kubernetes_and_compose_set_by_accident_is_not_set(monkeypatch):
+@pytest.mark.parametrize("port", ["tcp://10.96.0.12:6006", "udp://10.96.0.12:53", ""])
+def test_what_kubernetes_and_compose_set_by_accident_is_not_set(monkeypatch, port):
     """A Service that is named phi4 gives all pods such variables."""
     settings = given(
         monkeypatch,
-        PHI4_PORT="tcp://10.96.0.12:6006",
+        PHI4_PORT=port,
         PHI4_SERVICE_HOST="10.96.0.12",
         PHI4_PORT_6006_TCP_ADDR="10.96.0.12",
         PHI4_MODEL="",
@@ -96,9 +103,8 @@ def test_what_kubernetes_and_compose_set_by_accident_is_not_set(monkeypatch):
 
 def test_a_home_is_expanded(monkeypatch):
     assert given(monkeypatch, "--model=~/x").model == Path.home() / "x"
-    assert (
-        given(monkeypatch, PHI4_MODEL="~/y", PHI4_PORT="1").model == Path.home() / "x"
-    )
+    assert given(monkeypatch, "--model=~nobody-here/x").model == Path("~nobody-here/x")
+    assert given(monkeypatch, PHI4_MODEL="~/y").model == Path.home() / "y"
 
 
 def test_a_missing_folder_is_named_in_full(tmp_path, monkeypatch):
@@ -150,7 +156,14 @@ def test_the_log_has_an_address_to_click_on(tiny_folder):
 
 @pytest.mark.parametrize(
     "host",
-    ["http://127.0.0.1", "127.0.0.1:80", "no.such.name.invalid", "192.0.2.1", "x y"],
+    [
+        "http://127.0.0.1",
+        "127.0.0.1:80",
+        "no.such.name.invalid",
+        "192.0.2.1",
+        "..",
+        "x" * 300,
+    ],
 )
 def test_an_address_that_is_none_names_the_option(host):
     with pytest.raises(ValueError, match=r"--host .*--port 6\d+.*give another"):
@@ -161,7 +174,7 @@ def test_a_port_in_use_says_which_and_what_to_do():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(
-            ValueError, match=f"--port {port}: Address already in use.*; free"
+            ValueError, match=f"--port {port}: .*Address already in use.*; free"
         ):
             api.listen("127.0.0.1", port)
 
@@ -171,7 +184,7 @@ def test_a_port_that_is_not_allowed_says_so(monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(socket, "create_server", refused)
-    with pytest.raises(ValueError, match="--port 80: Permission denied; "):
+    with pytest.raises(ValueError, match=r"--port 80: .*Permission denied; "):
         api.listen("0.0.0.0", 80)
 
 
@@ -277,6 +290,31 @@ def test_a_log_that_nobody_reads_stops_nothing(tiny_folder):
             process.kill()
     assert b"INFO phi4: ready: tiny on cpu\n" in said
     assert len(said) > 60_000, "what the pipe had room for"
+
+
+@pytest.mark.parametrize("log", ["no reader", "a full disk"])
+def test_a_log_that_cannot_be_written_stops_nothing(tiny_folder, log):
+    port, (reader, pipe) = free_port(), os.pipe()
+    os.close(reader)
+    if log == "a full disk":
+        os.close(pipe)
+        pipe = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, str(ROOT / "api.py"), "--model", str(tiny_folder)]
+    command += ["--device", "cpu", "--port", str(port), "--drain-timeout", "0"]
+    with subprocess.Popen(command, stderr=pipe, cwd=ROOT) as process:
+        os.close(pipe)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until(
+                lambda: process.poll() is not None or is_ready(url), 2 * DEADLINE
+            )
+            body = {"prompt": "x", "max_new_tokens": 400, "stream": True}
+            with requests.post(url, json=body, timeout=DEADLINE, stream=True) as answer:
+                assert answer.ok
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
 
 
 def test_a_long_line_is_written_whole_where_it_is_read(capfd):
