@@ -3,6 +3,7 @@
 
 measure/strangers.py has the figures."""
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -510,6 +511,25 @@ def test_a_stream_that_waits_is_opened_and_pinged(shared, monkeypatch, path):
         ]
         assert roles == [True] + [False] * (len(rest) - 2)
     wait_until(shared.idle)
+
+
+def test_no_ping_follows_text_that_came_before_the_stream_was_opened():
+    async def first_two() -> tuple[bytes, bool]:
+        generation = api.Generation("phi-4", None)
+        generation.feed(b"a")
+        await generation.wait()
+        generation.feed(b"b")
+        body = api.ChatRequest(prompt="x", stream=True)
+        events = api.stream_events(None, body, generation)
+        begin = await anext(events)
+        second = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0.01)
+        try:
+            return begin, second.done()
+        finally:
+            second.cancel()
+
+    assert asyncio.run(first_two()) == (b'data: {"delta": "ab"}\n\n', False)
 
 
 def test_an_error_after_the_first_ping_is_an_event(shared, monkeypatch):
