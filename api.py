@@ -19,7 +19,8 @@ The first three and /metrics need the API key, where one is set.
 
 Limits (all are settings)
     128 requests run at once on a GPU and 256 more wait; the next one gets a 503.
-    A body has at most 1 MiB and 30 seconds; a request has 300 seconds.
+    A body has at most 1 MiB and 30 seconds; a request has 300 seconds. (Not settings:
+    the head of a request has 10 seconds and 16 KiB; there are 2,000 connections.)
     An answer has 512 tokens unless the request says otherwise; prompt and answer
     together have what the model's context and the KV cache hold.
 
@@ -29,7 +30,8 @@ reply(). One thread owns the model; the event loop never waits for it.
 
 The file follows the data: settings, wire format, engine, routes. Then comes a section
 on the insides of transformers and torch, which a first reading may skip, and last the
-entry points.
+entry points, with what guards a connection. model_download.py looks at the folder and
+at the machine before anything is loaded.
 """
 
 import asyncio
@@ -114,6 +116,8 @@ def start_logging() -> None:
     """Log to stderr, unless logging has been set up already."""
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=line, handlers=[StderrHandler()])
+    with suppress(OSError, AttributeError):  # a terminal's buffer has room for less
+        os.dup2(os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK), 2)
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
     transformers.logging.disable_progress_bar()  # it would raise what is dropped here
@@ -207,8 +211,7 @@ class Settings(BaseSettings):
         str(value).encode()  # raises a ValueError for what is not UTF-8
         if name == "api_key" and not words(value or ""):
             raise ValueError("is empty; without it, anyone who can connect may ask")
-        from_kubernetes = name == "port" and "://" in str(value)
-        if value == "" or from_kubernetes:
+        if value == "" or (name == "port" and "://" in str(value)):
             return cls.model_fields[name].default
         return value
 
@@ -512,16 +515,12 @@ class Generation:
         used = {"prompt_tokens": prompt, "completion_tokens": new}
         return used | {"total_tokens": prompt + new}
 
-    @property
-    def ttft(self) -> float:
-        """Time to first token, in seconds; 0 if there was none."""
-        return self.first_token - self.arrived if self.first_token else 0.0
-
 
 # A conversation of up to INLINE_CHARS is tokenised on the event loop: it takes a
 # millisecond or two, as long as handing it to a thread takes when many arrive at once
-# (2% of the throughput of 128 clients). A turn costs as much as TURN_CHARS more.
-INLINE_CHARS, LONG_CHARS, TURN_CHARS = 2048, 32768, 50
+# (2% of the throughput of 128 clients). Longer ones have a thread for each of three
+# ranges, so that they delay only their like. A turn costs as much as TURN_CHARS more.
+INLINE_CHARS, LONG_CHARS, TURN_CHARS = 2048, (4096, 32768), 50
 # Text has 1 to 5 characters to a token. What has more than this is refused unread.
 MAX_CHARS_PER_TOKEN = 16
 ENGINE_FAILED = "the engine failed and is restarting"
@@ -551,10 +550,6 @@ class Engine:
             return self.phase
         return "down" if why_down(self.manager) else "ok"
 
-    @property
-    def num_running(self) -> int:
-        return min(len(self.admitted), self.settings.max_in_flight)
-
     def load(self) -> None:
         """Load the model and warm it up; takes seconds to minutes. Call this in a thread
         of its own that ends afterwards: OpenMP keeps a pool of workers for each thread
@@ -572,9 +567,9 @@ class Engine:
         logger.info("loading %s on %s as %s", folder, device, dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.loop_tokenizer = tokenizer
-        # One thread more for long conversations, which delay only each other.
-        pair = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)  # not thread-safe
-        self.tokenizers = [(ThreadPoolExecutor(1), each) for each in pair]
+        # A tokenizer is not thread-safe.
+        copies = [copy.deepcopy(tokenizer) for _ in range(len(LONG_CHARS) + 1)]
+        self.tokenizers = [(ThreadPoolExecutor(1), each) for each in copies]
         logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
         attention = install_patches(device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -692,7 +687,7 @@ class Engine:
         if size > MAX_CHARS_PER_TOKEN * self.max_model_len:
             why = f"{size} characters do not fit in {self.max_model_len} tokens"
             raise HTTPException(400, why)
-        pool, tokenizer = self.tokenizers[size > LONG_CHARS]
+        pool, tokenizer = self.tokenizers[sum(size > limit for limit in LONG_CHARS)]
 
         def in_thread() -> list[int]:
             if generation.error:
@@ -890,8 +885,8 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     request.state.generation = generation
     leaving = release_when_client_leaves(request, generation)
     request.state.client_watch = asyncio.create_task(leaving)
-    await engine.submit(body, generation)
     (await request.json()).clear()  # all that is needed of it is in `body`
+    await engine.submit(body, generation)
     if body.stream:
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
     await generation.wait()
@@ -1009,8 +1004,9 @@ CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
-    RUNNING.set(engine.num_running)
-    WAITING.set(len(engine.admitted) - engine.num_running)
+    running = min(len(engine.admitted), engine.settings.max_in_flight)
+    RUNNING.set(running)
+    WAITING.set(len(engine.admitted) - running)
     CACHE.set(cache_usage(engine.manager))
     text = exposition.generate_latest()
     return Response(text, media_type=exposition.CONTENT_TYPE_LATEST)
@@ -1084,12 +1080,13 @@ def end_request(request: Request, request_id: str, status: int, started: float) 
         request.app.state.engine.release(generation, HTTPException(499))  # if it runs
         PROMPT_TOKENS.inc(generation.prompt_tokens)
         NEW_TOKENS.inc(generation.completion_tokens)
+        ttft = max(generation.first_token - generation.arrived, 0)  # 0: none came
         if generation.first_token:
-            TTFT.observe(generation.ttft)
+            TTFT.observe(ttft)
         if (later := generation.completion_tokens - 1) > 0:
             TPOT.observe((generation.last_token - generation.first_token) / later)
         line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
-        line += f" first={generation.ttft:.3f}s"
+        line += f" first={ttft:.3f}s"
         logger.debug("%s answers %r", generation.id, generation.text)
     if why := getattr(request.state, "why", None):
         line += f" why={why[:200]!a}"
@@ -1187,9 +1184,8 @@ def why_down(manager: Any) -> str | None:
 def progress(manager: Any) -> tuple[int, bool]:
     """Forward passes since the thread's start, which has yet to set the number, and
     whether requests run or wait, those of clients who have given up included."""
-    running = manager.batch_processor.has_pending_requests()
-    busy = running or not manager.input_queue.empty()
-    return getattr(manager, "current_batch", 0), busy
+    busy = manager.batch_processor.has_pending_requests() or manager.input_queue.qsize()
+    return getattr(manager, "current_batch", 0), bool(busy)
 
 
 def cache_capacity(manager: Any) -> int:
@@ -1568,6 +1564,10 @@ class Protocol(H11Protocol):
         close = self.timeout_keep_alive_handler
         self.timeout_keep_alive_task = self.loop.call_later(CLIENT_SECONDS, close)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        super()._unset_keepalive_if_required()  # or the clock keeps all this alive
+
     def _unset_keepalive_if_required(self) -> None:
         """uvicorn stops the clock at any byte; here only a whole head of a request stops
         it, and nothing that comes after a response."""
@@ -1588,9 +1588,9 @@ class Protocol(H11Protocol):
         and would not see the client leave. Here it may send 64 KiB of that."""
         try:
             super().handle_events()
-        except h11.LocalProtocolError:  # a 400 when the response has begun
+        except h11.LocalProtocolError:  # from a 400 after a response has begun
             self.transport.abort()
-        if self.conn.their_state is h11.DONE and self.flow.read_paused:
+        if self.flow.read_paused and self.conn.their_state is not h11.SEND_BODY:
             self.flow.resume_reading()
             if len(self.conn.trailing_data[0]) > 65536:
                 self.transport.abort()
@@ -1660,7 +1660,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         dual = address[0] == "::" and socket.has_dualstack_ipv6()  # of IPv4, too
-        return socket.create_server(address, family=family, dualstack_ipv6=dual)
+        server = socket.create_server(address, family=family, dualstack_ipv6=dual)
+        with suppress(AttributeError):  # Linux: ends connections that read nothing
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+        return server
     except (OSError, UnicodeError) as error:
         why = f"cannot listen on --host {host} --port {port}: {error}"
         raise ValueError(f"{why}; free that port, or give another") from error

@@ -146,7 +146,7 @@ ATTRIBUTES = [
     "batch_processor.scheduler.block_new_requests",
     "continuous_batching_config.page_size",
     "current_batch",
-    "input_queue.empty",
+    "input_queue.qsize",
     "logit_processor.supported_keys",
     "output_router.deliver",
     "_wake_up_loop.wait",

@@ -170,6 +170,17 @@ def test_an_address_that_is_none_names_the_option(host):
         api.listen(host, 6006)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+def test_a_connection_that_reads_nothing_is_ended_by_the_system():
+    """After a time that is too long for a test."""
+    port = free_port()
+    with api.listen("127.0.0.1", port) as listener, socket.socket() as client:
+        client.connect(("127.0.0.1", port))
+        with listener.accept()[0] as accepted:
+            wait = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert 10_000 <= wait <= 60_000
+
+
 def test_a_port_in_use_says_which_and_what_to_do():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -290,6 +301,28 @@ def test_a_log_that_nobody_reads_stops_nothing(tiny_folder):
             process.kill()
     assert b"INFO phi4: ready: tiny on cpu\n" in said
     assert len(said) > 60_000, "what the pipe had room for"
+
+
+def test_a_terminal_that_nobody_reads_stops_nothing(tiny_folder):
+    """As over an ssh connection that hangs."""
+    port, (terminal, log) = free_port(), os.openpty()
+    command = [sys.executable, str(ROOT / "api.py"), "--model", str(tiny_folder)]
+    command += ["--device", "cpu", "--port", str(port)]
+    with subprocess.Popen(command, stderr=log, cwd=ROOT) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until(lambda: is_ready(url), 2 * DEADLINE)
+            assert os.get_blocking(log), "the shell's own terminal stays as it was"
+            with requests.Session() as session:
+                for _ in range(400):
+                    session.get(f"{url}/{'x' * 200}", timeout=DEADLINE)
+                assert session.get(url + "/health", timeout=DEADLINE).ok
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
+            os.close(terminal)
+            os.close(log)
 
 
 @pytest.mark.parametrize("log", ["no reader", "a full disk"])

@@ -74,7 +74,7 @@ def test_template_and_tokens_are_phi4s(phi4_server: Running) -> None:
 def test_only_short_conversations_are_tokenised_on_the_event_loop(
     phi4_server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Longer ones have a thread, and the longest another one."""
+    """Longer ones have a thread and a tokenizer for each range of lengths."""
     there = []
     engine = phi4_server.engine
     owned = [engine.loop_tokenizer, *(own for _, own in engine.tokenizers)]
@@ -90,8 +90,8 @@ def test_only_short_conversations_are_tokenised_on_the_event_loop(
         return template(tokenizer, turns)
 
     template = phi4_server.replace(monkeypatch, "apply_template", note)
-    monkeypatch.setattr(api, "LONG_CHARS", 4000)  # the model holds 2,048 tokens
-    for limit, level in ((api.INLINE_CHARS, 0), (api.LONG_CHARS, 1)):
+    monkeypatch.setattr(api, "LONG_CHARS", (3000, 5000))  # the model holds 2,048 tokens
+    for level, limit in enumerate((api.INLINE_CHARS, *api.LONG_CHARS)):
         most = limit - api.TURN_CHARS
         empty = [{"role": "user", "content": ""}] * (limit // api.TURN_CHARS)
         for prompt, history in (("a" * most, []), ("a" * (most + 1), []), ("a", empty)):

@@ -5,9 +5,11 @@ measure/strangers.py has the figures."""
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import socket
+import struct
 import time
 import tracemalloc
 
@@ -224,6 +226,20 @@ def test_a_client_that_sent_more_and_left_frees_its_place(shared, case, stream):
     wait_until(shared.idle)
 
 
+@pytest.mark.parametrize("more", [b"", b"x", b"x" * 1000])
+def test_a_client_that_asked_for_an_upgrade_and_left_frees_its_place(shared, more):
+    body = {"prompt": "x", "max_new_tokens": 490}
+    upgrade = net.packet("/", body, "POST", "Upgrade: h2c")
+    with shared.gate as gate:
+        gate.close()
+        with net.connect(shared.url, upgrade) as client:
+            wait_until(lambda: gate.held)
+            gate.allow(2)
+            client.sendall(more)
+        shared.wait_pending(0)
+    wait_until(shared.idle)
+
+
 def test_a_client_that_does_not_stop_sending_is_cut_off(shared):
     body = {"prompt": "x", "max_new_tokens": 490}
     data = net.packet(body=body).replace(b"Connection: close\r\n", b"")
@@ -292,11 +308,13 @@ def test_neither_are_more_turns_than_the_context_has_tokens(shared, monkeypatch)
     assert not tokenised
 
 
-def test_a_very_long_prompt_delays_no_shorter_one(tiny_folder, monkeypatch):
-    with running(model=tiny_folder, max_in_flight=4) as served:
-        monkeypatch.setattr(api, "LONG_CHARS", 2600)
-        wanted = "x" * 3000
-        begun, go_on = [], []
+@pytest.mark.parametrize("held_at", [2400, 3000, 6000])
+def test_a_prompt_that_is_tokenised_delays_only_its_like(
+    tiny_folder, monkeypatch, held_at
+):
+    monkeypatch.setattr(api, "LONG_CHARS", (2600, 5000))
+    with running(model=tiny_folder, max_in_flight=8) as served:
+        wanted, begun, go_on = "x" * held_at, [], []
 
         def held(tokenizer, turns):
             if turns[-1].content == wanted:
@@ -305,13 +323,14 @@ def test_a_very_long_prompt_delays_no_shorter_one(tiny_folder, monkeypatch):
             return apply(tokenizer, turns)
 
         apply = served.replace(monkeypatch, "apply_template", held)
-        long = served.submit(wanted)
+        late = served.submit(wanted)
         wait_until(lambda: begun)
-        for shorter in ("on the loop", "in a thread " + "x" * 2200):
-            assert served.post(shorter, max_new_tokens=1).status_code in (200, 400)
-        assert not long.done()
+        for length in {100, 2400, 3000, 6000} - {held_at}:
+            answer = served.post("y" * length, max_new_tokens=1)
+            assert answer.status_code in (200, 400)  # the model holds 512 tokens
+        assert not late.done()
         go_on.append(True)
-        assert long.result().status_code == 400
+        assert late.result().status_code == 400
 
 
 UNKNOWN = ",".join(f'"a{number}":0' for number in range(80_000))
@@ -335,22 +354,51 @@ def test_a_body_of_very_many_fields_is_not_validated(shared, case, path):
     assert answer.status_code == 400 and "fields" in answer.text
 
 
-def test_what_is_ignored_of_a_body_is_not_kept(shared):
+@pytest.mark.parametrize("waits_for", ["the model", "a tokenizer"])
+def test_what_is_ignored_of_a_body_is_not_kept(shared, monkeypatch, waits_for):
     """1 MiB of ignored fields is 27 MB as Python objects."""
-    ignored = [{} for _ in range(250_000)]
+    ignored, begun, go_on = [{} for _ in range(250_000)], [], []
+
+    def held(tokenizer, turns):
+        begun.append(True)
+        wait_until(lambda: go_on)
+        return apply(tokenizer, turns)
+
+    if waits_for == "a tokenizer":
+        apply = shared.replace(monkeypatch, "apply_template", held)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         with shared.gate as gate:
             gate.close()
+            length = 3000 if waits_for == "a tokenizer" else 1
             url = "/v1/chat/completions"
-            answer = shared.submit("x", url, x=ignored, max_tokens=1)
-            wait_until(lambda: gate.held)
+            answer = shared.submit("x" * length, url, x=ignored, max_tokens=1)
+            wait_until(lambda: gate.held or begun)
             kept = tracemalloc.get_traced_memory()[0] - before
-        assert answer.result().ok
+            go_on.append(True)
+        assert answer.result().status_code in (200, 400)
     finally:
         tracemalloc.stop()
     assert kept < 8e6, "the client in this process holds some 3 MB"
+
+
+def test_a_connection_that_was_closed_is_not_kept(shared):
+    def kept() -> int:
+        gc.collect()
+        return sum(isinstance(each, api.Protocol) for each in gc.get_objects())
+
+    before = kept()
+    for number in range(60):
+        half = b"GET /health HTTP/1.1\r\nHost: local" * (number % 3)
+        with net.connect(shared.url, half) as client:
+            if number % 2:  # a reset
+                linger = struct.pack("ii", 1, 0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    end = time.monotonic() + api.CLIENT_SECONDS / 2
+    while kept() > before:
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------
