@@ -63,7 +63,7 @@ from urllib.parse import urlsplit
 os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
 # How long threads of a CPU spin at a barrier before they sleep. More is faster alone, and
 # far slower where other programs want the cores: see tests/results/reliability.md.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import h11
 import pydantic
