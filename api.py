@@ -1533,6 +1533,7 @@ TP_PLAN = {f"{MLP}gate_up_proj": "packed_colwise", f"{MLP}down_proj": "rowwise"}
 # ------------------------------------------------------------------------------
 
 
+# Of a head that is not complete; a complete one may have twice as many.
 MAX_HEAD_BYTES, MAX_CONNECTIONS = 8192, 2000
 CLIENT_SECONDS = 10  # for a head, and to stop sending after a response
 
