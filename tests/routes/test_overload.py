@@ -86,7 +86,7 @@ def test_a_slow_tokenizer_holds_up_nobody_else(shared, monkeypatch, long):
 
     with monkeypatch.context() as patch:
         if long:
-            patch.setattr(api, "LONG_CHARS", len(LONG_PROMPT))
+            patch.setattr(api, "LONG_CHARS", (len(LONG_PROMPT), 32768))
         template = shared.replace(patch, "apply_template", slow)
         asked = shared.submit(LONG_PROMPT, max_new_tokens=2)
         try:
