@@ -1041,7 +1041,8 @@ class RequestMiddleware:
         except asyncio.CancelledError:
             logger.debug("%s ends, the server shuts down", request_id)
         except Exception as error:
-            if not isinstance(error, HTTPException):
+            # h11's: the connection has got a 400 for its bytes, and no other answer.
+            if not isinstance(error, HTTPException | h11.LocalProtocolError):
                 logger.exception("%s failed", request_id)
             if not status:  # otherwise it is too late for another response
                 response = await error_response(request, error)

@@ -107,9 +107,12 @@ def test_the_count_of_chunks_begins_again_with_each_request():
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/nowhere", "/v1/models"])
-def test_tiny_chunks_end_the_connection_whatever_was_answered(keyed, path):
+def test_tiny_chunks_end_the_connection_whatever_was_answered(keyed, caplog, path):
     with net.connect(keyed.url, head(path, CHUNKED)) as client:
         assert pour(client, b"1\r\nx\r\n" * 1000, 1 << 25) < 1 << 25
+    with net.connect(keyed.url, head(path, CHUNKED) + b"1\r\nx\r\n" * 9000) as client:
+        wait_until(lambda: closed(client))  # refused before the route has answered
+    assert "Traceback" not in caplog.text
     assert requests.get(keyed.url + "/health", timeout=DEADLINE).ok
 
 
