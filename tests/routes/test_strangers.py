@@ -213,47 +213,44 @@ AFTERWARDS = {
 }
 
 
+@contextlib.contextmanager
+def in_flight(served, *headers: str, stream: bool = False):
+    """A client whose answer is being made when it is yielded; then it leaves, and its
+    place is free although the answer is not finished."""
+    body = {"prompt": "x", "max_new_tokens": 490, "stream": stream}
+    data = net.packet("/", body, "POST", *headers)
+    with served.gate as gate:
+        gate.close()
+        with net.connect(
+            served.url, data.replace(b"Connection: close\r\n", b"")
+        ) as client:
+            wait_until(lambda: gate.held)
+            gate.allow(2)
+            yield client
+        served.wait_pending(0)
+    wait_until(served.idle)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("case", AFTERWARDS)
 def test_a_client_that_sent_more_and_left_frees_its_place(shared, case, stream):
-    body = {"prompt": "x", "max_new_tokens": 490, "stream": stream}
-    data = net.packet(body=body).replace(b"Connection: close\r\n", b"")
-    with shared.gate as gate:
-        gate.close()
-        with net.connect(shared.url, data) as client:
-            wait_until(lambda: gate.held)
-            gate.allow(2)
-            with contextlib.suppress(ConnectionError):
-                client.sendall(AFTERWARDS[case])
-        shared.wait_pending(0)
-    wait_until(shared.idle)
+    with (
+        in_flight(shared, stream=stream) as client,
+        contextlib.suppress(ConnectionError),
+    ):
+        client.sendall(AFTERWARDS[case])
 
 
 @pytest.mark.parametrize("more", [b"", b"x", b"x" * 1000])
 def test_a_client_that_asked_for_an_upgrade_and_left_frees_its_place(shared, more):
-    body = {"prompt": "x", "max_new_tokens": 490}
-    upgrade = net.packet("/", body, "POST", "Upgrade: h2c")
-    with shared.gate as gate:
-        gate.close()
-        with net.connect(shared.url, upgrade) as client:
-            wait_until(lambda: gate.held)
-            gate.allow(2)
-            client.sendall(more)
-        shared.wait_pending(0)
-    wait_until(shared.idle)
+    with in_flight(shared, "Upgrade: h2c") as client:
+        client.sendall(more)
 
 
 def test_a_client_that_does_not_stop_sending_is_cut_off(shared):
-    body = {"prompt": "x", "max_new_tokens": 490}
-    data = net.packet(body=body).replace(b"Connection: close\r\n", b"")
-    with shared.gate as gate:
-        gate.close()
-        with net.connect(shared.url, data) as client:
-            wait_until(lambda: gate.held)
-            gate.allow(2)
-            assert pour(client, b"x" * 1000, 1 << 25) < 1 << 25
-            shared.wait_pending(0)
-    wait_until(shared.idle)
+    with in_flight(shared) as client:
+        assert pour(client, b"x" * 1000, 1 << 25) < 1 << 25
+        shared.wait_pending(0)
 
 
 def test_requests_in_a_row_are_all_answered(shared):
