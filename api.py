@@ -45,18 +45,18 @@ import math
 import os
 import re
 import secrets
-import select
 import signal
 import socket
-import sys
 import time
+from collections import Counter as Counts
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 # cuBLASLt multiplies few rows faster than cuBLAS. torch reads this when imported.
@@ -66,6 +66,7 @@ os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import h11
+import llguidance.torch as masks
 import pydantic
 import torch
 import transformers
@@ -77,10 +78,10 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
+from llguidance import LLExecutor
 from prometheus_client import Counter, Gauge, Histogram, exposition
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
-from pydantic_core import to_json
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -93,139 +94,50 @@ from transformers.generation import continuous_batching as batching
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import model_download
-from model_download import RANK, WORLD_SIZE
+from model_download import (
+    CALL_MARK,
+    EXIT_WRONG_START,
+    RANK,
+    WORLD_SIZE,
+    Settings,
+    answer_grammar,
+    listen,
+    read_settings,
+    show_calls,
+    show_functions,
+    split_calls,
+    start_logging,
+    without_marks,
+    words,
+)
 
 logger = logging.getLogger("phi4")
-# Exit codes for a supervisor; 0 is a clean end.
-EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, 2, 70
-
-
-class StderrHandler(logging.Handler):
-    """Drops lines that nobody reads, where StreamHandler would wait for ever."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        data = f"{self.format(record)}\n".encode(errors="backslashreplace")
-        with suppress(OSError):  # the reader is gone
-            # A pipe that can be written to has room for 4096 bytes at least.
-            for start in range(0, len(data), 4096):
-                if os.name == "nt" or select.select([], [2], [], 0)[1]:
-                    os.write(2, data[start : start + 4096])
-
-
-def start_logging() -> None:
-    """Log to stderr, unless logging has been set up already."""
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(format=line, handlers=[StderrHandler()])
-    with suppress(OSError, AttributeError):  # a terminal's buffer has room for less
-        os.dup2(os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK), 2)
-    transformers.logging.disable_default_handler()
-    transformers.logging.enable_propagation()
-    transformers.logging.disable_progress_bar()  # it would raise what is dropped here
-
-
-# ------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------
-
-
-def words(text: str) -> list[str]:
-    """The parts of a setting that are separated by commas or white space."""
-    return text.replace(",", " ").split()
-
-
-Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
-Prefix = Annotated[str, AfterValidator(lambda path: f"/{path.strip('/')}".rstrip("/"))]
-
-
-class Settings(BaseSettings):
-    """Serve phi-4 over HTTP. Every option is an environment variable too:
-    --max-new-tokens can be given as PHI4_MAX_NEW_TOKENS."""
-
-    model_config = SettingsConfigDict(env_prefix="PHI4_", validate_default=False)
-    model_config |= {"use_attribute_docstrings": True}
-    model_config |= {"cli_kebab_case": True, "cli_implicit_flags": True}
-    model: Folder = Path("models/LLM-Research/phi-4")
-    """Folder with the model's files (python model_download.py fetches them)."""
-    demo: bool = False
-    """Serve SmolLM2-135M instead: a small demo model that runs on any machine."""
-    host: Annotated[str, AfterValidator(lambda host: host.strip("[]"))] = "0.0.0.0"
-    """Address to listen on; 127.0.0.1 keeps the server private to this machine."""
-    port: int = Field(6006, ge=1, le=65535)
-    """TCP port to listen on."""
-    root_path: Prefix = Field("", pattern="^[!-~]*$")
-    """Path prefix under which a proxy serves this, and which it strips: /phi4."""
-    allowed_hosts: str = Field("", pattern="^[^:/]*$")
-    """Without a key: other names this server has, separated by commas; * is any."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto, cpu, cuda or cuda:N. auto is the GPU; the demo also takes the CPU."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
-    quantize: Literal["none", "int8", "int4"] = "none"
-    """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
-    max_new_tokens: int = Field(512, ge=1)
-    """Default max_new_tokens of a request."""
-    max_in_flight: int = Field(0, ge=0, le=1024)
-    """Requests generated at the same time. 0: 128 on a GPU, 16 on a CPU."""
-    max_waiting: int = Field(-1, ge=-1)
-    """Requests that may wait for a free place. -1: twice as many as in flight."""
-    cache_tokens: int = Field(0, ge=0)
-    """Size of the KV cache. 0: what is left of the GPU, 16384 on a CPU."""
-    batch_tokens: int = Field(0, ge=0)
-    """Most tokens in one forward pass. 0: 8192 on a GPU, 256 on a CPU."""
-    prefix_sharing: bool = True
-    """Prefix caching: compute a shared beginning once. Timing reveals what is cached."""
-    request_timeout: float = Field(300, gt=0)
-    """Seconds until a request that is not finished is given up with a 504."""
-    body_timeout: float = Field(30, gt=0)
-    """Seconds a client may take to send its request body (408 after that)."""
-    drain_timeout: float = Field(30, ge=0)
-    """Seconds that answers in flight get to finish after SIGTERM or Ctrl-C."""
-    stall_timeout: float = Field(120, gt=0)
-    """Seconds without a forward pass, while requests wait, until the process ends."""
-    max_body_bytes: int = Field(1 << 20, ge=1024)
-    """Largest request body in bytes (413 over that)."""
-    api_key: str = ""
-    """Key that clients must send as a bearer token; several separated by commas."""
-    cors_origins: str = ""
-    """Web pages that may ask from a browser: exact origins, separated by commas."""
-    served_model_name: str = ""
-    """Name of the model in answers. Default: the name of its folder."""
-    log_level: Literal["debug", "info", "warning"] = "info"
-    """How much to log. Prompts and answers are logged at debug only."""
-
-    def resolve(self, gpu: bool) -> None:
-        """Fill in the defaults that depend on the device."""
-        self.max_in_flight = self.max_in_flight or (128 if gpu else 16)
-        self.batch_tokens = self.batch_tokens or (8192 if gpu else 256)
-        # On a GPU it stays 0: what is left of its memory.
-        self.cache_tokens = self.cache_tokens or (0 if gpu else 16384)
-        if self.max_waiting < 0:
-            self.max_waiting = 2 * self.max_in_flight
-
-    @pydantic.field_validator("*", mode="before")
-    @classmethod
-    def without_accidents(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """An empty value, as compose files make them, is the default; so is what
-        Kubernetes puts into PHI4_PORT where a Service is named phi4."""
-        name = info.field_name
-        str(value).encode()  # raises a ValueError for what is not UTF-8
-        if name == "api_key" and not words(value or ""):
-            raise ValueError("is empty; without it, anyone who can connect may ask")
-        if value == "" or (name == "port" and "://" in str(value)):
-            return cls.model_fields[name].default
-        return value
+# Exit codes for a supervisor; 0 is a clean end, model_download has the third.
+EXIT_LOAD, EXIT_ENGINE = 1, 70
 
 
 # ------------------------------------------------------------------------------
 # Wire format
 # ------------------------------------------------------------------------------
 
+
+class ClientError(HTTPException):
+    """With what OpenAI's errors have besides a message. The exception of a validator
+    that is no ValueError goes past pydantic."""
+
+    def __init__(
+        self, detail: str, param: str, code: str = "invalid_value", status: int = 400
+    ) -> None:
+        super().__init__(status, detail)
+        self.param, self.code = param, code
+
+
 # JSON allows lone surrogates, UTF-8 does not. UnicodeEncodeError is a ValueError, so
 # pydantic answers that the field is wrong.
 Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
-StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenLimit = Annotated[int, Field(ge=1)] | None
-FinishReason = Literal["stop", "length"]
+NO_LIMIT = BeforeValidator(lambda limit: None if limit == -1 else limit)
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Strict(BaseModel, strict=True, extra="forbid", use_attribute_docstrings=True):
@@ -237,13 +149,17 @@ class Turn(Strict):
     content: Text
 
 
-class SamplingParams(NamedTuple):
-    """How to choose among the logits of a request that is not greedy."""
+def one_or_more(item: Any, make: Callable[[str], Any] = str, **limits: int) -> Any:
+    """The type of a field that takes a text or a list. It becomes a list either way, so
+    that an error speaks of one type."""
+    listed = lambda given: [make(given)] if isinstance(given, str) else given
+    accepted = BeforeValidator(listed, json_schema_input_type=str | list[item])
+    return Annotated[list[item], Field(**limits), accepted]
 
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
+
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, strict=False)]  # a key of JSON is a string
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingFields(Strict):
@@ -252,22 +168,37 @@ class SamplingFields(Strict):
     stream: bool | None = None
     """Send the answer as it is made, as server-sent events."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """0, the default, always takes the likeliest token."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    """0 always takes the likeliest token, as does the default without --temperature."""
+    top_p: float | None = Field(None, ge=0, le=1)
     """Choose among the likeliest tokens that together have this probability."""
-    top_k: int | None = Field(None, ge=0, le=1024)
-    """Choose among this many likeliest tokens; 0, the default, is no limit."""
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    top_k: int | None = Field(None, ge=-1, le=1024)
+    """Choose among this many likeliest tokens; 0, the default, and -1 are no limit."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Choose among tokens with this fraction of the likeliest one's probability."""
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """Is taken off the logits of tokens that the answer has already."""
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """The same, for each time that the answer has the token."""
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    """Divides positive logits of tokens in prompt or answer, multiplies negative."""
+    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=1024)
+    """Is added to the logits of these token ids."""
+    min_tokens: int | None = Field(None, ge=0)
+    """The model cannot end the answer before it has so many tokens."""
+    ignore_eos: bool | None = None
+    """The answer goes on when the model ends it, up to its limit."""
+    stop: one_or_more(StopString, max_length=4) | None = None
     """Text that ends the answer and is not part of it."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Makes a sampled answer repeatable."""
 
-    def sampling_params(self) -> SamplingParams | None:
-        """None for a greedy request."""
-        if not self.temperature:
-            return None
-        seed = secrets.randbits(63) if self.seed is None else self.seed
-        return SamplingParams(self.temperature, self.top_p or 1, self.top_k or 0, seed)
+    def structured_from(self) -> str | None:
+        """The text from which on an answer follows its grammar; None: never."""
+        return None
+
+    def grammar_of_answer(self) -> str | None:
+        """What an answer has to be, in llguidance's Lark; None: any text."""
+        return None
 
 
 # Ends of lines for Unicode, though not for server-sent events: clients that read line
@@ -326,109 +257,227 @@ class StreamOptions(Strict, extra="ignore"):
     include_usage: bool | None = None
 
 
-class TextFormat(Strict, extra="ignore"):
-    type: Literal["text"]
-
-
 class TextPart(Strict, extra="ignore"):
     type: Literal["text"]
     text: Text
 
 
+def as_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+class Function(Strict, extra="ignore"):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    arguments: Text = "{}"
+    """Of a call: JSON."""
+
+
+class Tool(Strict, extra="ignore"):
+    """A function that is offered, chosen or called."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class OpenAITurn(Strict, extra="ignore"):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    role: Literal["user", "assistant", "system", "developer", "tool"]
+    content: one_or_more(TextPart, as_part, min_length=1) | None = None
+    tool_calls: list[Tool] | None = None
 
     def turn(self) -> Turn:
-        role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return Turn(role=role, content=self.content)
-        return Turn(role=role, content="".join(part.text for part in self.content))
+        """As the template takes it."""
+        text = "".join(part.text for part in self.content or [])
+        if self.role == "assistant":
+            text += show_calls(each.function for each in self.tool_calls or [])
+            return Turn(role="assistant", content=text)
+        if self.role in ("system", "developer"):
+            return Turn(role="system", content=text)
+        text = without_marks(text)
+        if self.role == "tool":
+            text = f"<tool_response>{text}</tool_response>"
+        return Turn(role="user", content=text)
 
 
-class OpenAIChoice(BaseModel):
-    index: Literal[0] = 0
-    message: Turn
-    finish_reason: FinishReason
+class NamedSchema(Strict, extra="ignore"):
+    definition: dict[str, Any] = Field(alias="schema")
 
 
-class ChatCompletion(BaseModel):
-    """The answer of `POST /v1/chat/completions`."""
+class ResponseFormat(Strict, extra="ignore"):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
 
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[OpenAIChoice]
-    usage: dict[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int]
-
-
-class ModelList(BaseModel):
-    """The answer of `GET /v1/models`: the one model that is served."""
-
-    object: Literal["list"] = "list"
-    data: list[dict[Literal["id", "object", "created", "owned_by"], str | int]]
+    @pydantic.model_validator(mode="after")
+    def has_schema(self) -> Self:
+        """Raises a 400 if it has none."""
+        if self.type == "json_schema" and not self.json_schema:
+            name = "response_format.json_schema"
+            raise ClientError(f"{name} is missing", name, CODES["missing"])
+        return self
 
 
-# Types of fields that are accepted only at the value that has no effect. With another
-# value they would change the answer, and they are not supported here.
-NeutralZero = Annotated[float, Field(ge=0, le=0)] | None
-NeutralFalse = Annotated[bool, Field(le=False)] | None
-NeutralOne = Annotated[int, Field(ge=1, le=1)] | None
-NeutralList = Annotated[list[Any], Field(max_length=0)] | None
-NeutralDict = Annotated[dict[str, Any], Field(max_length=0)] | None
+# Fields of OpenAI and vLLM that would change the answer, and are not supported: each is
+# accepted at the value that has no effect, the one in NEUTRAL or else an empty one.
+REFUSED = """
+    add_generation_prompt add_special_tokens allowed_token_ids audio bad_words best_of
+    chat_template continue_final_message documents echo function_call functions grammar
+    guided_choice guided_grammar guided_json guided_regex include_stop_str_in_output
+    length_penalty logits_processors logprob_token_ids logprobs modalities moderation n
+    prompt_logprobs regex repetition_detection return_prompt_text return_token_ids
+    skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
+    top_logprobs truncate_prompt_tokens use_beam_search verbosity vllm_xargs
+    watermarking web_search_options
+"""
+NEUTRAL = {"add_generation_prompt": True, "best_of": 1, "length_penalty": 1, "n": 1}
+NEUTRAL |= {"modalities": ["text"], "skip_special_tokens": True, "verbosity": "medium"}
+NEUTRAL |= {"spaces_between_special_tokens": True}
+
+
+def refuse(value: Any, info: pydantic.ValidationInfo) -> None:
+    """Raises an error for a value that has an effect."""
+    neutral = NEUTRAL.get(info.field_name)
+    if value if neutral is None else value not in (None, neutral):
+        raise PydanticCustomError("unsupported_parameter", "is not supported")
+
+
+Refused = Annotated[Any, AfterValidator(refuse), Field(description="Not supported.")]
+refused: Any = dict.fromkeys(words(REFUSED), (Refused, None))
+Refusals = pydantic.create_model("Refusals", __base__=SamplingFields, **refused)
 
 QUESTION = {"role": "user", "content": "What is 2 + 2?"}
 OPENAI_EXAMPLE = {"example": {"model": "phi-4", "messages": [QUESTION]}}
 
 
-class OpenAIRequest(SamplingFields, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
-    """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored;
-    listed ones that this server cannot honour take their neutral value only."""
+class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
+    """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored."""
 
     model: Text | None = None
     messages: list[OpenAITurn] = Field(min_length=1, fail_fast=True)
-    max_tokens: TokenLimit = None
-    max_completion_tokens: TokenLimit = None
+    max_tokens: Annotated[TokenLimit, NO_LIMIT] = None
+    max_completion_tokens: Annotated[TokenLimit, NO_LIMIT] = None
     stream_options: StreamOptions | None = None
-    n: NeutralOne = None
-    response_format: TextFormat | None = None
-    logprobs: NeutralFalse = None
-    tools: NeutralList = None
-    functions: NeutralList = None
-    presence_penalty: NeutralZero = None
-    frequency_penalty: NeutralZero = None
-    logit_bias: NeutralDict = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @pydantic.model_validator(mode="after")
+    def go_together(self) -> Self:
+        """Raises a 400 for fields that do not."""
+        if self.must_call() and not self.offered():
+            why = "tool_choice names no function that is in tools"
+            raise ClientError(why, "tool_choice")
+        structured = self.structured_from() is not None
+        if structured and (self.ignore_eos or self.min_tokens):
+            why = (
+                "structured answers end by themselves, without ignore_eos or min_tokens"
+            )
+            raise ClientError(why, "ignore_eos" if self.ignore_eos else "min_tokens")
+        return self
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """None for text."""
+        if not self.response_format or self.response_format.type == "text":
+            return None
+        if self.response_format.type == "json_object":
+            return {"type": "object"}
+        return self.response_format.json_schema.definition
+
+    def must_call(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
+    def offered(self) -> list[Function]:
+        """Those that the answer may call."""
+        functions = [tool.function for tool in self.tools or []]
+        if isinstance(self.tool_choice, Tool):
+            name = self.tool_choice.function.name
+            return [each for each in functions if each.name == name]
+        return [] if self.tool_choice == "none" else functions
+
+    def structured_from(self) -> str | None:
+        if self.schema_of_answer() is not None:
+            return ""
+        return CALL_MARK if self.offered() else None
+
+    def grammar_of_answer(self) -> str | None:
+        parallel = self.parallel_tool_calls is not False
+        options = self.must_call(), parallel
+        return answer_grammar(self.schema_of_answer(), self.offered(), *options)
 
     def turns(self) -> list[Turn]:
-        return [message.turn() for message in self.messages]
+        turns = [message.turn() for message in self.messages]
+        if functions := self.offered():
+            text = show_functions(functions)
+            if turns[0].role == "system":
+                text = f"{turns.pop(0).content}\n\n{text}"
+            turns.insert(0, Turn(role="system", content=text))
+        return turns
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def to_response(self, generation: "Generation") -> ChatCompletion:
-        turn = Turn(role="assistant", content=generation.text)
-        choice = OpenAIChoice(message=turn, finish_reason=generation.finish_reason)
-        fields = generation.openai_fields | {"usage": generation.usage()}
-        return ChatCompletion(choices=[choice], **fields)
+    def parts(
+        self, generation: "Generation", end: int | None = None
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """The text of an answer and the calls in it, of its first `end` characters."""
+        text, calls = generation.text[:end], []
+        if self.offered():
+            text, calls = split_calls(text)
+        ids = f"call_{generation.id[-24:]}"
+        return text, [
+            {"index": i, "id": f"{ids}{i}", "type": "function", "function": call}
+            for i, call in enumerate(calls)
+        ]
+
+    def finish_reason(self, generation: "Generation") -> FinishReason | None:
+        reason = generation.finish_reason
+        called = reason == "stop" and self.parts(generation)[1]
+        return "tool_calls" if called else reason
+
+    def to_response(self, generation: "Generation") -> dict[str, Any]:
+        text, calls = self.parts(generation)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        message["refusal"] = None
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        choice = {"index": 0, "message": message, "logprobs": None}
+        choice["finish_reason"] = self.finish_reason(generation)
+        fields = generation.openai_fields | {"object": "chat.completion"}
+        return fields | {"choices": [choice], "usage": generation.openai_usage()}
 
     def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
         """The next server-sent events; `sent` characters are out already."""
         fields = generation.openai_fields | {"object": "chat.completion.chunk"}
 
-        def chunk(delta: dict[str, str], reason: FinishReason | None = None) -> bytes:
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            return sse(to_json(fields | {"choices": [choice]}))
+        def chunk(delta: dict[str, Any], reason: FinishReason | None = None) -> bytes:
+            choice = {"index": 0, "delta": delta, "logprobs": None}
+            return sse(
+                to_json(fields | {"choices": [choice | {"finish_reason": reason}]})
+            )
 
         if not sent:
             yield chunk({"role": "assistant", "content": ""})
-        if delta := generation.text[sent:]:
+        (before, known), (text, calls) = (
+            self.parts(generation, sent),
+            self.parts(generation),
+        )
+        if delta := text[len(before) :]:
             yield chunk({"content": delta})
+        for call, old in zip_longest(calls, known):
+            if not old:
+                yield chunk({"tool_calls": [call]})
+            elif new := call["function"]["arguments"][
+                len(old["function"]["arguments"]) :
+            ]:
+                part = {"index": call["index"], "function": {"arguments": new}}
+                yield chunk({"tool_calls": [part]})
         if generation.finish_reason:
-            yield chunk({}, generation.finish_reason)
+            yield chunk({}, self.finish_reason(generation))
             if self.stream_options and self.stream_options.include_usage:
-                usage = {"choices": [], "usage": generation.usage()}
+                usage = {"choices": [], "usage": generation.openai_usage()}
                 yield sse(to_json(fields | usage))
             yield sse(b"[DONE]")
 
@@ -441,27 +490,72 @@ AnyChatRequest = ChatRequest | OpenAIRequest
 # ------------------------------------------------------------------------------
 
 
+def schema_error(why: str) -> HTTPException:
+    """The schema of an answer or of a function cannot be used."""
+    why = f"the JSON schema cannot be used: {why}"
+    return ClientError(why, "response_format")
+
+
 def unavailable(detail: str) -> HTTPException:
     """Loading, full, restarting or shutting down: trying again helps."""
     return HTTPException(503, detail, {"Retry-After": "1"})
+
+
+class Sampling:
+    """How the tokens of one request are chosen. The event loop makes it; the generation
+    thread reads it, and leaves here what the event loop shall know."""
+
+    cached_tokens = 0  # of the prompt: taken from the prefix cache
+    error = ""  # why its grammar ends the answer
+
+    def __init__(self, body: SamplingFields, temperature: float, matcher: Any) -> None:
+        self.body, self.matcher = body, matcher
+        self.temperature = body.temperature
+        if self.temperature is None:
+            self.temperature = temperature
+        self.seed = secrets.randbits(63) if body.seed is None else body.seed
+        penalties = body.presence_penalty, body.frequency_penalty
+        repeats = body.repetition_penalty not in (None, 1)
+        # Whether the tokens before the next one have to be known.
+        self.looks_back = bool(matcher or any(penalties) or repeats)
+        self.matched: list[int] = []  # the tokens that the matcher has consumed
+
+    def match(self, answer: list[int]) -> None:
+        """Bring the matcher to the end of the answer so far. A preemption may take back
+        the last token."""
+        if answer[: len(self.matched)] != self.matched:
+            self.matcher.reset()
+            self.matched = []
+        self.matcher.consume_tokens(answer[len(self.matched) :])
+        self.matched = answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The library copies what belongs to a request when it preempts it."""
+        return self
 
 
 class Generation:
     """One request from its admission to its last token: the engine feeds tokens in, and
     every route formats the text that comes out.
 
-    The text never ends inside a character or inside a stop string. Bytes that cannot
+    The text never ends inside a character, inside a stop string or inside the mark
+    `structured_from`, with which a part begins that follows a grammar. Bytes that cannot
     be UTF-8 become U+FFFD, as in `tokenizer.decode`; a character that is cut off by
     the end of the answer is left out.
     """
 
-    def __init__(self, model: str, stop: str | list[str] | None) -> None:
+    sampling: Sampling  # once it is tokenised
+
+    def __init__(
+        self, model: str, stop: list[str] | None, structured_from: str | None = None
+    ) -> None:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         # OpenAI's response and each of its chunks begin with these.
         created = int(time.time())
         self.openai_fields = {"id": self.id, "created": created, "model": model}
-        self.stop_strings = [stop] if isinstance(stop, str) else stop or []
-        self.longest_stop = max(map(len, self.stop_strings), default=0)
+        self.stop_strings, self.structured_from = stop or [], structured_from
+        self.watched = self.stop_strings + [structured_from] * bool(structured_from)
+        self.longest = max(map(len, self.watched), default=0)
         self.prompt_tokens = self.completion_tokens = 0
         self.text = ""
         self.held = ""  # the end of the text that may be the beginning of a stop string
@@ -471,6 +565,16 @@ class Generation:
         self.changed = asyncio.Event()  # set when there is more text, or it has ended
         self.arrived = time.monotonic()
         self.first_token = self.last_token = 0.0  # when they came; 0: not yet
+
+    async def in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+        """Do this in a thread, unless the generation is released before its turn."""
+
+        def work_if_wanted() -> Any:
+            if self.error:
+                raise self.error
+            return work()
+
+        return await asyncio.get_running_loop().run_in_executor(pool, work_if_wanted)
 
     async def wait(self) -> None:
         """Wait until there is more text, or it has ended. Raises what went wrong."""
@@ -488,7 +592,10 @@ class Generation:
         found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
         if found:
             shown, self.held = text[: min(found)], ""
-            self.finish_reason = "stop"
+            mark = self.structured_from
+            # An answer that a stop string cuts short, as it would a limit, is not whole.
+            cut = mark is not None and mark in self.text + shown
+            self.finish_reason = "length" if cut else "stop"
         else:
             end = len(text) - self.length_to_hold(text)
             shown, self.held = text[:end], text[end:]
@@ -497,10 +604,10 @@ class Generation:
             self.changed.set()
 
     def length_to_hold(self, text: str) -> int:
-        """Characters at the end of the text with which a stop string may begin."""
-        for length in range(min(len(text), self.longest_stop - 1), 0, -1):
+        """Characters at the end of the text with which a watched string may begin."""
+        for length in range(min(len(text), self.longest - 1), 0, -1):
             end = text[-length:]
-            if any(stop.startswith(end) for stop in self.stop_strings):
+            if any(watched.startswith(end) for watched in self.watched):
                 return length
         return 0
 
@@ -510,10 +617,14 @@ class Generation:
             self.finish_reason = reason
             self.text += self.held
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         prompt, new = self.prompt_tokens, self.completion_tokens
         used = {"prompt_tokens": prompt, "completion_tokens": new}
         return used | {"total_tokens": prompt + new}
+
+    def openai_usage(self) -> dict[str, Any]:
+        details = {"cached_tokens": self.sampling.cached_tokens}
+        return self.usage() | {"prompt_tokens_details": details}
 
 
 # A conversation of up to INLINE_CHARS is tokenised on the event loop: it takes a
@@ -570,6 +681,7 @@ class Engine:
         # A tokenizer is not thread-safe.
         copies = [copy.deepcopy(tokenizer) for _ in range(len(LONG_CHARS) + 1)]
         self.tokenizers = [(ThreadPoolExecutor(1), each) for each in copies]
+        self.compiler = ThreadPoolExecutor(1)  # of grammars
         logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
         attention = install_patches(device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -582,6 +694,7 @@ class Engine:
         )
         ends = model_download.end_token_ids(model, tokenizer)
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
+        self.ll_tokenizer = model_download.grammar_tokenizer(model, tokenizer, ends)
         manager = create_manager(model, ends, settings)
         gc.disable()  # nothing else may touch the GPU while a graph is captured
         manager.warmup()
@@ -659,15 +772,23 @@ class Engine:
         on the generation grows. Raises HTTPException (400, 499, 503, 504), and
         ValueError for a tokenizer that does not fit the model."""
         self.admit(generation)
+        matcher = await self.compile(body.grammar_of_answer(), generation)
         tokens = await self.tokenize(body.turns(), generation)
         if generation.error:  # it was released meanwhile
             raise generation.error
-        limit = self.new_token_limit(len(tokens), body.max_new_tokens)
         generation.prompt_tokens = len(tokens)
-        options: dict[str, Any] = {"max_new_tokens": limit, "streaming": True}
-        if params := body.sampling_params():
-            options["sampling"] = params
-        if not self.manager.add_request(tokens, generation.id, **options):
+        if max(body.logit_bias or {}, default=0) >= len(self.token_bytes):
+            raise ClientError("logit_bias: no such token", "logit_bias")
+        generation.sampling = Sampling(body, self.settings.temperature, matcher)
+        added = self.manager.add_request(
+            tokens,
+            generation.id,
+            max_new_tokens=self.new_token_limit(len(tokens), body),
+            streaming=True,
+            eos_token_id=-1 if body.ignore_eos else None,
+            sampling=generation.sampling,
+        )
+        if not added:
             raise unavailable("the engine is restarting")
 
     def admit(self, generation: Generation) -> None:
@@ -679,25 +800,31 @@ class Engine:
             raise unavailable(f"{len(self.admitted)} requests are in flight or waiting")
         self.admitted[generation.id] = generation
 
+    async def compile(self, grammar: str | None, generation: Generation) -> Any:
+        """What holds an answer to its grammar, if it has one. Raises a 400."""
+        if grammar is None:
+            return None
+        if WORLD_SIZE > 1:  # each process would need one of its own
+            raise schema_error("under torchrun there are no schemas and no tools")
+        compiling = partial(model_download.compile_grammar, self.ll_tokenizer, grammar)
+        try:
+            return await generation.in_thread(self.compiler, compiling)
+        except ValueError as error:
+            raise schema_error(str(error)) from error
+
     async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
         """Token ids of a conversation. Raises a 400 for one that is far too long,
         ValueError if the model cannot embed them, and the generation's error if it was
         released before its turn came."""
         size = sum(TURN_CHARS + len(turn.content) for turn in turns)
         if size > MAX_CHARS_PER_TOKEN * self.max_model_len:
-            why = f"{size} characters do not fit in {self.max_model_len} tokens"
-            raise HTTPException(400, why)
+            raise self.too_long(f"the messages have {size} characters")
         pool, tokenizer = self.tokenizers[sum(size > limit for limit in LONG_CHARS)]
-
-        def in_thread() -> list[int]:
-            if generation.error:
-                raise generation.error
-            return self.apply_template(tokenizer, turns)
-
         if size <= INLINE_CHARS:
             tokens = self.apply_template(self.loop_tokenizer, turns)
         else:
-            tokens = await asyncio.get_running_loop().run_in_executor(pool, in_thread)
+            apply = partial(self.apply_template, tokenizer, turns)
+            tokens = await generation.in_thread(pool, apply)
         if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         return tokens
@@ -708,15 +835,22 @@ class Engine:
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
         return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
-    def new_token_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+    def new_token_limit(self, prompt_tokens: int, body: AnyChatRequest) -> int:
         """How many tokens the answer may have. Raises a 400 if they do not fit."""
-        room = self.max_model_len - prompt_tokens
-        limit = min(wanted or self.settings.max_new_tokens, room)
-        if limit < (wanted or 1):
-            need = f"{prompt_tokens} prompt tokens and {wanted or 'any'} new ones"
-            why = f"{need} do not fit in {self.max_model_len} tokens"
-            raise HTTPException(400, why)
-        return limit
+        room, wanted = self.max_model_len - prompt_tokens, body.max_new_tokens
+        if room < (wanted or 1):
+            need = f"{wanted or 'any'} new ones"
+            raise self.too_long(f"{prompt_tokens} in the messages and {need} are asked")
+        default = (
+            room if isinstance(body, OpenAIRequest) else self.settings.max_new_tokens
+        )
+        return min(wanted or default, room)
+
+    def too_long(self, what: str) -> HTTPException:
+        """LiteLLM and LangChain recognise the first words and the code, in the text."""
+        limit = f"This model's maximum context length is {self.max_model_len} tokens"
+        code = "context_length_exceeded"
+        return ClientError(f"{limit}, but {what} ({code})", "messages", code)
 
     def process_outputs(self, outputs: list[Any]) -> None:
         """Feed the generation thread's newest tokens to their generations."""
@@ -729,11 +863,16 @@ class Engine:
             if output.error is not None:  # it may be empty
                 self.release(generation, unavailable(ENGINE_FAILED))
                 continue
+            if why := generation.sampling.error:
+                self.release(generation, schema_error(why))
+                continue
             generation.last_token = time.monotonic()
             generation.first_token = generation.first_token or generation.last_token
             for token in output.generated_tokens[generation.completion_tokens :]:
                 if generation.finish_reason is None:
-                    generation.feed(self.token_bytes[token])
+                    piece = self.token_bytes[token]
+                    goes_on = piece is None and generation.sampling.body.ignore_eos
+                    generation.feed(b"" if goes_on else piece)
             if output.is_finished():
                 generation.finish("length")
             if generation.finish_reason:
@@ -761,25 +900,44 @@ class Engine:
 
 
 JSON = "application/json"
+# OpenAI's codes, by status or by pydantic's type of error.
+CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
+CODES |= {"unsupported_parameter": "unsupported_parameter"}
+NOT_FOUND = (
+    "No such address. POST / takes a prompt. For the OpenAI API the base URL ends"
+)
+NOT_FOUND += " with /v1: POST /v1/chat/completions, GET /v1/models. /docs shows all."
+MESSAGES = {"too_long": "has more than {max_length} entries", "too_short": "is empty"}
+MESSAGES |= dict.fromkeys(("model_type", "model_attributes_type"), "is no object")
 
 
 async def error_response(request: Request, error: Any) -> Response:
     """An error as FastAPI's JSON, or as OpenAI's on its routes."""
     path = request.scope["path"].removeprefix(request.scope["root_path"])
-    openai, param = path.startswith("/v1/"), None
+    openai = path == "/v1" or path.startswith("/v1/")
     status = getattr(error, "status_code", 500)
     detail = message = getattr(error, "detail", "internal error: see the server's log")
+    param, code = (
+        getattr(error, "param", None),
+        getattr(error, "code", CODES.get(status)),
+    )
+    if detail == "Not Found":
+        detail = message = NOT_FOUND
     request.state.why = detail  # for the log
     if isinstance(error, RequestValidationError):
         status = 400 if openai else 422
         detail = validation_details(error)
         deepest = max(detail, key=lambda each: len(each["loc"]))
-        param = ".".join(map(str, deepest["loc"][1:])) or None
+        param = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, deepest["loc"][1:])))
         message = f"{param or 'the body'}: {deepest['msg']}"
+        if deepest["type"] == "unsupported_parameter":
+            message = f"{param} {deepest['msg']}"
+        kind = "invalid_type" if deepest["type"].endswith("_type") else "invalid_value"
+        code = CODES.get(deepest["type"], kind) if param else None
         # The log shall not have names that a client has made up.
         request.state.why = deepest["msg"] if "extra" in deepest["type"] else message
     kind = "invalid_request_error" if status < 500 else "server_error"
-    parts = {"message": message, "type": kind, "param": param, "code": None}
+    parts = {"message": message, "type": kind, "param": param or None, "code": code}
     content = {"error": parts} if openai else {"detail": detail}
     text = json.dumps(content, default=str)
     return Response(text, status, getattr(error, "headers", None), JSON)
@@ -797,6 +955,8 @@ def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
             kept |= {"loc": ["body"], "msg": why}
         elif kept["loc"] == ["body"]:
             kept["msg"] = "send a JSON object, with Content-Type: application/json"
+        elif each["type"] in MESSAGES:
+            kept["msg"] = MESSAGES[each["type"]].format(**each.get("ctx", {}))
         details.append(kept)
     return details
 
@@ -879,7 +1039,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     """JSON, or a stream once its first text is there, or after PING_SECONDS; errors
     before that are plain."""
     engine: Engine = request.app.state.engine
-    generation = Generation(engine.name, body.stop)
+    generation = Generation(engine.name, body.stop, body.structured_from())
     logger.debug("%s is asked %r", generation.id, body)
     # RequestMiddleware ends both, however this request ends.
     request.state.generation = generation
@@ -950,6 +1110,7 @@ class Health(BaseModel):
     device: str
 
 
+Json = dict[str, Any]
 STREAM = {200: {"content": {"text/event-stream": {}}}}
 TEXT = {200: {"content": {"text/plain": {}}}}
 ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
@@ -964,18 +1125,28 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     return await reply(request, body)
 
 
-@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI)
+@secured.post("/v1/chat/completions", response_model=Json, responses=OPENAI)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
 
 
 @secured.get("/v1/models", responses=OPENAI_ERRORS)
-async def models(request: Request) -> ModelList:
+async def models(request: Request) -> Json:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
+    return {"object": "list", "data": [await model(request, engine.name)]}
+
+
+@secured.get("/v1/models/{name:path}", responses=OPENAI_ERRORS)
+async def model(request: Request, name: str) -> Json:
+    """That model. `max_model_len` is in tokens, of a prompt and its answer together."""
+    engine: Engine = request.app.state.engine
+    if name != engine.name:
+        why = f"the model that is served here is {engine.name}"
+        raise ClientError(why, "model", "model_not_found", 404)
     card = {"id": engine.name, "object": "model", "created": engine.created}
-    return ModelList(data=[card | {"owned_by": "local"}])
+    return card | {"owned_by": "local", "max_model_len": engine.max_model_len}
 
 
 @public.head("/health", include_in_schema=False)  # as some load balancers ask
@@ -1158,8 +1329,8 @@ def create_manager(model: Any, ends: list[int], settings: Settings) -> Any:
         config.use_cuda_graph = config.use_async_batching = True
     greedy = transformers.GenerationConfig(eos_token_id=ends)
     manager = model.init_continuous_batching(greedy, config)
-    # Requests may bring SamplingParams along, for Runner.
-    manager.logit_processor.supported_keys["sampling"] = SamplingParams
+    # Requests bring it along, for Scheduler and Runner.
+    manager.logit_processor.supported_keys["sampling"] = Sampling
     return manager
 
 
@@ -1212,6 +1383,34 @@ def follow_driver(manager: Any) -> None:
     manager.join(time.perf_counter())
 
 
+def sampling_of(state: Any) -> Sampling | None:
+    """None in the warm-up."""
+    return state.logit_processor_kwargs.get("sampling")
+
+
+def answer_length(state: Any) -> int:
+    """Tokens that the answer has before the one that is being chosen."""
+    prompt = state._true_initial_tokens or len(state.initial_tokens)
+    return state.position_offset - prompt
+
+
+def answer_of(state: Any) -> list[int]:
+    """The tokens that the library knows of it: after a preemption, some of them stand
+    behind the prompt."""
+    prompt = state._true_initial_tokens or len(state.initial_tokens)
+    return state.initial_tokens[prompt:] + state.generated_tokens
+
+
+def takes_likeliest(state: Any) -> bool:
+    sampling = sampling_of(state)
+    if sampling is None:
+        return True
+    body = sampling.body
+    ends_early = answer_length(state) < (body.min_tokens or 0)
+    looks = sampling.looks_back or sampling.temperature or body.logit_bias
+    return not (looks or ends_early)
+
+
 class Scheduler(batching.FIFOScheduler):
     """Ends a cancelled request as a finished one. The library drops it but leaves its
     status as it was, so that a step in flight may still hand it a token when its pages
@@ -1224,20 +1423,30 @@ class Scheduler(batching.FIFOScheduler):
             self.block_new_requests = False
         return cancelled
 
+    def _infer_request_tokens(self, state: Any, leaving: set[str]) -> list[int]:
+        """This is where the library looks into the prefix cache."""
+        before = state.position_offset
+        tokens = super()._infer_request_tokens(state, leaving)
+        if not state._true_initial_tokens and state.logit_processor_kwargs:
+            found = state.position_offset - before
+            state.logit_processor_kwargs["sampling"].cached_tokens += found
+        return tokens
+
 
 batching.scheduler.SCHEDULER_MAPPING["phi4"] = Scheduler
 
 
 class Runner(batching.model_runner.ModelRunner):
-    """Samples where SamplingParams ask for it. The library takes the likeliest token of
-    every row; rows that want another choose again afterwards, outside of the CUDA
-    graph, so that the others do not pay for it. (`per_request_processors` of the
-    library know neither seeds nor greedy beside sampled requests.)
+    """Chooses as Sampling wants it. The library takes the likeliest token of every row;
+    rows that want another choose again afterwards, outside of the CUDA graph, so that
+    the others do not pay for it. (`per_request_processors` of the library know neither
+    seeds nor greedy beside sampled requests.)
 
-    On a GPU the next step is launched before this one's tokens are on the host: nothing
-    here may depend on them."""
+    On a GPU the next step is launched before this one's tokens are on the host. Rows
+    that look back at them wait while the GPU computes the logits of the next."""
 
     logits: Tensor | None = None  # (max_running, vocabulary), of the step's rows
+    executor = LLExecutor()  # threads that compute the masks of grammars
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         if self.logits is None:
@@ -1254,53 +1463,124 @@ class Runner(batching.model_runner.ModelRunner):
         pairs = getattr(ios, "io_pairs", None)
         host = pairs[ios.current_pair].host_io if pairs else ios
         states = [each.state for each in host.requests_in_batch if each.has_new_token]
-        sampled = {i: s for i, s in enumerate(states) if s.logit_processor_kwargs}
-        if sampled:
+        chosen = {i: s for i, s in enumerate(states) if not takes_likeliest(s)}
+        if chosen:
+            late = self.late_tokens(chosen)
             with batching.utils.stream_context(ios.compute_stream):
-                rows, tokens = self.choose(sampled)
+                rows, tokens = self.choose(chosen, late)
                 ios.output_ids[0, rows] = tokens.int()
 
-    def choose(self, sampled: dict[int, Any]) -> tuple[Tensor, Tensor]:
-        """Rows and their tokens, both (len(sampled),)."""
-        device, table, seeds = self.logits.device, [], []
-        for row, state in sampled.items():
-            params: SamplingParams = state.logit_processor_kwargs["sampling"]
-            table.append((row, params.temperature, params.top_p, params.top_k))
-            # Nothing else in the batch has an influence, and the position is right
-            # after a preemption, too. A CPU's generator looks at 32 bits of its seed,
-            # so they are hashed; CPython's hash of integers is the same everywhere.
-            high, low = divmod(params.seed % 2**64, 2**32)
-            seeds.append(hash((high, low, state.position_offset)) % 2**63)
-        table = torch.tensor(table, dtype=torch.float64)
-        if device.type == "cuda":  # from other memory a copy waits for the GPU
-            table = table.pin_memory().to(device, non_blocking=True)
-        rows = table[:, 0].long()
-        temperature, top_p, top_k = table[:, 1:].split(1, dim=1)
-        logits = self.logits[rows]
-        noise = torch.empty_like(logits)
-        for line, seed in zip(noise, seeds, strict=True):
-            line.exponential_(generator=torch.Generator(device).manual_seed(seed))
-        return rows, sample(logits, noise, temperature, top_p, top_k)
+    def late_tokens(self, chosen: dict[int, Any]) -> dict[int, int]:
+        """The last step's tokens, which a GPU's requests do not have yet, by id(state).
+        Waits for them if a row looks back."""
+        ios = self.inputs_and_outputs
+        looks_back = any(sampling_of(state).looks_back for state in chosen.values())
+        if not looks_back or not hasattr(ios, "io_pairs"):
+            return {}
+        last = ios.io_pairs[1 - ios.current_pair]
+        last.d2h_over.synchronize()
+        requests, tokens, _ = last.host_io.prepare_batch_update()
+        states = [id(each.state) for each in requests if each.has_new_token]
+        return dict(zip(states, tokens, strict=False))
+
+    def choose(
+        self, chosen: dict[int, Any], late: dict[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and their tokens, both (len(chosen),)."""
+        rows, table = self.upload([*chosen]), []
+        logits, constrained = self.logits[rows], {}
+        noise = torch.ones_like(logits)
+        for i, state in enumerate(chosen.values()):
+            sampling, answer = sampling_of(state), answer_of(state)
+            answer += [late[id(state)]] if id(state) in late else []
+            self.edit(logits[i], state, answer)
+            if sampling.matcher:
+                sampling.match(answer)
+                constrained[i] = sampling
+            if sampling.temperature:
+                # Nothing else in the batch has an influence, and the position is right
+                # after a preemption, too. A CPU's generator looks at 32 bits of its
+                # seed, so they are hashed; CPython's hash of integers is the same
+                # everywhere.
+                high, low = divmod(sampling.seed % 2**64, 2**32)
+                seed = hash((high, low, state.position_offset)) % 2**63
+                generator = torch.Generator(logits.device).manual_seed(seed)
+                noise[i].exponential_(generator=generator)
+            body = sampling.body
+            top_p = 1 if body.top_p is None else body.top_p
+            table.append(
+                (sampling.temperature, top_p, body.top_k or 0, body.min_p or 0)
+            )
+        if constrained:
+            self.mask(logits, constrained)
+        options = self.upload(table).double().split(1, dim=1)
+        return rows, sample(logits, noise, *options)
+
+    def edit(self, logits: Tensor, state: Any, answer: list[int]) -> None:
+        """Penalties, bias and min_tokens, in a row of logits: (vocabulary,)."""
+        body = sampling_of(state).body
+        factor = body.repetition_penalty or 1
+        if factor != 1:
+            seen = self.upload([*{*state.initial_tokens, *answer}])
+            found = logits[seen]
+            logits[seen] = torch.where(found > 0, found / factor, found * factor)
+        added = Counts(body.logit_bias or {})
+        presence, frequency = body.presence_penalty or 0, body.frequency_penalty or 0
+        if presence or frequency:
+            for token, count in Counts(answer).items():
+                added[token] -= presence + frequency * count
+        if answer_length(state) < (body.min_tokens or 0):
+            added.update(dict.fromkeys(state._eos_token_ids, -math.inf))
+        if added:
+            logits[self.upload([*added])] += self.upload([*added.values()])
+
+    def mask(self, logits: Tensor, constrained: dict[int, Sampling]) -> None:
+        """Exclude what grammars exclude; logits are (rows, vocabulary)."""
+        matchers = [(sampling.matcher, i) for i, sampling in constrained.items()]
+        allowed = masks.allocate_token_bitmask(*logits.shape)
+        masks.fill_next_token_bitmask_par(self.executor, matchers, allowed)
+        for sampling in constrained.values():
+            # It allows nothing but the end of the answer, then.
+            sampling.error = sampling.matcher.get_error()
+        allowed = allowed.to(logits.device, non_blocking=True).view(torch.uint8)
+        bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
+        allowed = (allowed[..., None] >> bits & 1).flatten(1)[:, : logits.shape[1]]
+        logits.masked_fill_(allowed == 0, -torch.inf)
+
+    def upload(self, data: list[Any]) -> Tensor:
+        """To the device; from memory that is not pinned, a copy waits for the GPU."""
+        tensor, device = torch.tensor(data), self.logits.device
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
 
 def sample(
-    logits: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor
+    logits: Tensor,
+    noise: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
 ) -> Tensor:
     """Draw a token for each row by the Gumbel-max trick: the largest of log-probability
-    minus log of exponential noise is a draw from the softmax.
+    minus log of exponential noise is a draw from the softmax. Temperature 0 takes the
+    likeliest.
 
     Logits and noise are (rows, vocabulary), the others (rows, 1). Returns (rows,).
-    top_p looks at the 1,024 likeliest tokens.
+    top_p and min_p look at the 1,024 likeliest tokens.
     """
     logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
     top = logprobs.topk(min(1024, logits.shape[-1])).values  # no full sort
     mass_before = top.exp().cumsum(-1) - top.exp()
     rank = torch.arange(top.shape[-1], device=top.device)
-    top_k = top_k.masked_fill(top_k == 0, torch.inf)
+    top_k = top_k.masked_fill(top_k <= 0, torch.inf)
     kept = (mass_before < top_p.clamp(min=1e-6)) & (rank < top_k)
+    kept &= top >= top[:, :1] + min_p.log()
     threshold = top.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-    dropped = (logprobs < threshold) & ((top_p < 1) | (top_k < torch.inf))
-    return (logprobs - noise.log()).masked_fill(dropped, -torch.inf).argmax(-1)
+    dropped = (logprobs < threshold) & ((top_p < 1) | (top_k < torch.inf) | (min_p > 0))
+    drawn = (logprobs - noise.log()).masked_fill(dropped, -torch.inf)
+    return torch.where(temperature > 0, drawn, logits).argmax(-1)
 
 
 # From here on: attention and CUDA graphs of a GPU.
@@ -1638,37 +1918,6 @@ def follow(settings: Settings) -> int:
         signal.signal(sig, signal.SIG_IGN)
     follow_driver(engine.manager)
     return 0
-
-
-def read_settings(command_line: bool = False) -> Settings:
-    """The settings of the environment and, if asked for, of the command line. Ends the
-    process with EXIT_WRONG_START and a line for each that is wrong."""
-    options = {arg.partition("=")[0].lower() for arg in sys.argv * command_line}
-    try:
-        return Settings(_cli_parse_args=command_line)
-    except ValidationError as error:
-        start_logging()
-        for each in error.errors():
-            name = str(each["loc"][0])
-            source = "--" + name.replace("_", "-")
-            if source not in options:
-                source = f"environment variable PHI4_{name.upper()}"
-            logger.error("%s, %r: %s", source, each["input"], each["msg"])
-        sys.exit(EXIT_WRONG_START)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Raises ValueError if that is not possible."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        dual = address[0] == "::" and socket.has_dualstack_ipv6()  # of IPv4, too
-        server = socket.create_server(address, family=family, dualstack_ipv6=dual)
-        with suppress(AttributeError):  # Linux: ends connections that read nothing
-            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
-        return server
-    except (OSError, UnicodeError) as error:
-        why = f"cannot listen on --host {host} --port {port}: {error}"
-        raise ValueError(f"{why}; free that port, or give another") from error
 
 
 def main() -> int:

@@ -17,9 +17,11 @@ import json
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -30,7 +32,11 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import pydantic
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 if TYPE_CHECKING:
     import torch
@@ -545,6 +551,285 @@ def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes |
         elif not added[index].special:
             table[index] = token.encode()
     return table
+
+
+# ------------------------------------------------------------------------------
+# Functions and JSON in answers
+#
+# phi-4's template knows no functions. They are described in the system's turn; calls
+# and results are text between marks, which the texts of users and results cannot have.
+# A grammar holds an answer to a JSON schema, or from the mark of a call on to the
+# function's name and schema.
+# ------------------------------------------------------------------------------
+
+CALL_MARK = "<tool_call>"
+CALL, END_CALL = CALL_MARK + '{"name": "%s", "arguments": ', "}</tool_call>"
+CALL_HEAD = re.compile(CALL % '([^"]+)')
+MARKS = re.compile("<(?=/?tool_(call|response))")
+FUNCTIONS = """You can call functions. Each of these lines describes one, as JSON:
+%s
+To call a function, write nothing but
+<tool_call>{"name": "its name", "arguments": {"parameter": "value"}}</tool_call>
+Its result comes as <tool_response>. Where no function helps, answer without one."""
+
+
+def show_functions(functions: Iterable[Any]) -> str:
+    """What the model is told of functions that it may call."""
+    keys = ("name", "description", "parameters")
+    shown = [{key: getattr(each, key) for key in keys} for each in functions]
+    return FUNCTIONS % "\n".join(json.dumps(each, ensure_ascii=False) for each in shown)
+
+
+def without_marks(text: str) -> str:
+    """A text that the model cannot take for a call or a result."""
+    return MARKS.sub("&lt;", text)
+
+
+def show_calls(calls: Iterable[Any]) -> str:
+    """Calls as the model has written them."""
+    return "\n".join(CALL % each.name + each.arguments + END_CALL for each in calls)
+
+
+def split_calls(text: str) -> tuple[str, list[dict[str, str]]]:
+    """The text before the first call, and the name and the arguments of each call, as
+    far as they have come."""
+    content = text.partition(CALL_MARK)[0]
+    calls, at = [], len(content)
+    while head := CALL_HEAD.match(text, at):
+        try:  # integers of any length
+            end = json.JSONDecoder(parse_int=str).raw_decode(text, head.end())[1]
+        except (ValueError, RecursionError):  # there is more to come
+            end = len(text)
+        calls.append({"name": head[1], "arguments": text[head.end() : end]})
+        at = end + len(END_CALL) + 1  # each is on a line of its own
+    return content, calls
+
+
+def answer_grammar(
+    schema: dict[str, Any] | None,
+    functions: Iterable[Any],
+    must_call: bool = False,
+    parallel: bool = True,
+) -> str | None:
+    """What an answer has to be, in llguidance's Lark; None: any text.
+
+    `schema` is of an answer that calls no function, None if that is any text.
+    """
+    answer = "TEXT" if schema is None else _json_rule(schema)
+    if not functions:
+        return None if schema is None else f"start: {answer}"
+    more = f'("\\n{CALL_MARK}" body){{0,15}}' if parallel else ""
+    start, mark = f"{answer} | mark body {more}", "mark"
+    if must_call:
+        start = f"mark body {more}"
+    elif schema is None:  # text may stand before a call
+        mark = "mark[lazy]"
+    before = "TEXT " if mark != "mark" else ""
+    bodies = " | ".join(map(_call_rule, functions))
+    return f"""start: {start}
+{mark}: {before}"{CALL_MARK}"
+body: ({bodies}) "{END_CALL}"
+TEXT: /(.|\\n)*/"""
+
+
+def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
+    """JSON by a schema, on one line, as json.dumps writes it. What the schema says of
+    llguidance's options does not count."""
+    options = {"whitespace_flexible": False, "lenient": lenient}
+    options |= {"item_separator": ", ", "key_separator": ": "}
+    return "%json " + json.dumps(schema | {"x-guidance": options})
+
+
+def _call_rule(function: Any) -> str:
+    """What a call has between `CALL_MARK` and `END_CALL`."""
+    schema = function.parameters or {"properties": {}}
+    if "properties" in schema:  # few functions take arguments that they do not name
+        schema = {"additionalProperties": False} | schema
+    head = json.dumps((CALL % function.name).removeprefix(CALL_MARK))
+    return f"{head} {_json_rule({'type': 'object'} | schema, not function.strict)}"
+
+
+# What one grammar may take of others' time and memory: about 0.1 s to compile, 20 ms for
+# a token, 50 MB. A row's own limits are llguidance's.
+GRAMMAR_LIMITS = {"max_grammar_size": 20_000, "max_lexer_states": 20_000}
+GRAMMAR_LIMITS |= {"step_lexer_fuel": 50_000, "step_max_items": 20_000}
+
+
+def grammar_tokenizer(model: Any, tokenizer: Any, ends: list[int]) -> Any:
+    """What llguidance has to know of a tokenizer; takes half a second."""
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(tokenizer, n_vocab=model.config.vocab_size, eos_token=ends)
+
+
+def compile_grammar(tokenizer: Any, grammar: str) -> Any:
+    """An LLMatcher. Raises ValueError for a grammar that is wrong, that nothing can
+    satisfy, or that is too large."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    matcher.compute_bitmask()  # the first takes longest, and finds empty languages
+    if matcher.is_error():
+        why = re.split(r"\n +\d+ \| |<non-verbose", matcher.get_error())[0]
+        raise ValueError(one_line(why.rpartition("JSON schema: ")[2]))
+    return matcher
+
+
+# ------------------------------------------------------------------------------
+# Settings, log and socket of the server
+# ------------------------------------------------------------------------------
+
+EXIT_WRONG_START = 2
+
+
+class StderrHandler(logging.Handler):
+    """Drops lines that nobody reads, where StreamHandler would wait for ever."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        with suppress(OSError):  # the reader is gone
+            # A pipe that can be written to has room for 4096 bytes at least.
+            for start in range(0, len(data), 4096):
+                if os.name == "nt" or select.select([], [2], [], 0)[1]:
+                    os.write(2, data[start : start + 4096])
+
+
+def start_logging() -> None:
+    """Log to stderr, unless logging has been set up already."""
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=line, handlers=[StderrHandler()])
+    with suppress(OSError, AttributeError):  # a terminal's buffer has room for less
+        os.dup2(os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK), 2)
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()  # it would raise what is dropped here
+
+
+def words(text: str) -> list[str]:
+    """The parts of a setting that are separated by commas or white space."""
+    return text.replace(",", " ").split()
+
+
+Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+Prefix = Annotated[str, AfterValidator(lambda path: f"/{path.strip('/')}".rstrip("/"))]
+
+
+class Settings(BaseSettings):
+    """Serve phi-4 over HTTP. Every option is an environment variable too:
+    --max-new-tokens can be given as PHI4_MAX_NEW_TOKENS."""
+
+    model_config = SettingsConfigDict(env_prefix="PHI4_", validate_default=False)
+    model_config |= {"use_attribute_docstrings": True}
+    model_config |= {"cli_kebab_case": True, "cli_implicit_flags": True}
+    model: Folder = Path("models/LLM-Research/phi-4")
+    """Folder with the model's files (python model_download.py fetches them)."""
+    demo: bool = False
+    """Serve SmolLM2-135M instead: a small demo model that runs on any machine."""
+    host: Annotated[str, AfterValidator(lambda host: host.strip("[]"))] = "0.0.0.0"
+    """Address to listen on; 127.0.0.1 keeps the server private to this machine."""
+    port: int = Field(6006, ge=1, le=65535)
+    """TCP port to listen on."""
+    root_path: Prefix = Field("", pattern="^[!-~]*$")
+    """Path prefix under which a proxy serves this, and which it strips: /phi4."""
+    allowed_hosts: str = Field("", pattern="^[^:/]*$")
+    """Without a key: other names this server has, separated by commas; * is any."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto, cpu, cuda or cuda:N. auto is the GPU; the demo also takes the CPU."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Default max_new_tokens of POST /; on /v1 it is what the context has left."""
+    temperature: float = Field(0, ge=0, le=2)
+    """Temperature of requests that name none; 0 always takes the likeliest token."""
+    max_in_flight: int = Field(0, ge=0, le=1024)
+    """Requests generated at the same time. 0: 128 on a GPU, 16 on a CPU."""
+    max_waiting: int = Field(-1, ge=-1)
+    """Requests that may wait for a free place. -1: twice as many as in flight."""
+    cache_tokens: int = Field(0, ge=0)
+    """Size of the KV cache. 0: what is left of the GPU, 16384 on a CPU."""
+    batch_tokens: int = Field(0, ge=0)
+    """Most tokens in one forward pass. 0: 8192 on a GPU, 256 on a CPU."""
+    prefix_sharing: bool = True
+    """Prefix caching: compute a shared beginning once. Timing reveals what is cached."""
+    request_timeout: float = Field(300, gt=0)
+    """Seconds until a request that is not finished is given up with a 504."""
+    body_timeout: float = Field(30, gt=0)
+    """Seconds a client may take to send its request body (408 after that)."""
+    drain_timeout: float = Field(30, ge=0)
+    """Seconds that answers in flight get to finish after SIGTERM or Ctrl-C."""
+    stall_timeout: float = Field(120, gt=0)
+    """Seconds without a forward pass, while requests wait, until the process ends."""
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+    """Largest request body in bytes (413 over that)."""
+    api_key: str = ""
+    """Key that clients must send as a bearer token; several separated by commas."""
+    cors_origins: str = ""
+    """Web pages that may ask from a browser: exact origins, separated by commas."""
+    served_model_name: str = ""
+    """Name of the model in answers. Default: the name of its folder."""
+    log_level: Literal["debug", "info", "warning"] = "info"
+    """How much to log. Prompts and answers are logged at debug only."""
+
+    def resolve(self, gpu: bool) -> None:
+        """Fill in the defaults that depend on the device."""
+        self.max_in_flight = self.max_in_flight or (128 if gpu else 16)
+        self.batch_tokens = self.batch_tokens or (8192 if gpu else 256)
+        # On a GPU it stays 0: what is left of its memory.
+        self.cache_tokens = self.cache_tokens or (0 if gpu else 16384)
+        if self.max_waiting < 0:
+            self.max_waiting = 2 * self.max_in_flight
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def without_accidents(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """An empty value, as compose files make them, is the default; so is what
+        Kubernetes puts into PHI4_PORT where a Service is named phi4."""
+        name = info.field_name
+        str(value).encode()  # raises a ValueError for what is not UTF-8
+        if name == "api_key" and not words(value or ""):
+            raise ValueError("is empty; without it, anyone who can connect may ask")
+        if value == "" or (name == "port" and "://" in str(value)):
+            return cls.model_fields[name].default
+        return value
+
+
+def read_settings(command_line: bool = False) -> Settings:
+    """The settings of the environment and, if asked for, of the command line. Ends the
+    process with EXIT_WRONG_START and a line for each that is wrong."""
+    options = {arg.partition("=")[0].lower() for arg in sys.argv * command_line}
+    try:
+        return Settings(_cli_parse_args=command_line)
+    except ValidationError as error:
+        start_logging()
+        for each in error.errors():
+            name = str(each["loc"][0])
+            source = "--" + name.replace("_", "-")
+            if source not in options:
+                source = f"environment variable PHI4_{name.upper()}"
+            logging.getLogger("phi4").error(
+                "%s, %r: %s", source, each["input"], each["msg"]
+            )
+        sys.exit(EXIT_WRONG_START)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises ValueError if that is not possible."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        dual = address[0] == "::" and socket.has_dualstack_ipv6()  # of IPv4, too
+        server = socket.create_server(address, family=family, dualstack_ipv6=dual)
+        with suppress(AttributeError):  # Linux: ends connections that read nothing
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+        return server
+    except (OSError, UnicodeError) as error:
+        why = f"cannot listen on --host {host} --port {port}: {error}"
+        raise ValueError(f"{why}; free that port, or give another") from error
 
 
 # ------------------------------------------------------------------------------
