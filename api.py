@@ -66,7 +66,7 @@ os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import h11
-import llguidance.torch as masks
+import llguidance.numpy
 import pydantic
 import torch
 import transformers
@@ -1537,19 +1537,20 @@ class Runner(batching.model_runner.ModelRunner):
     def mask(self, logits: Tensor, constrained: dict[int, Sampling]) -> None:
         """Exclude what grammars exclude; logits are (rows, vocabulary)."""
         matchers = [(sampling.matcher, i) for i, sampling in constrained.items()]
-        allowed = masks.allocate_token_bitmask(*logits.shape)
-        masks.fill_next_token_bitmask_par(self.executor, matchers, allowed)
+        mask = llguidance.numpy.allocate_token_bitmask(*logits.shape)
+        fill = llguidance.numpy.fill_next_token_bitmask_par
+        fill(self.executor, matchers, mask)
         for sampling in constrained.values():
             # It allows nothing but the end of the answer, then.
             sampling.error = sampling.matcher.get_error()
-        allowed = allowed.to(logits.device, non_blocking=True).view(torch.uint8)
+        allowed = self.upload(mask.view("uint8"))
         bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
         allowed = (allowed[..., None] >> bits & 1).flatten(1)[:, : logits.shape[1]]
         logits.masked_fill_(allowed == 0, -torch.inf)
 
-    def upload(self, data: list[Any]) -> Tensor:
+    def upload(self, data: Any) -> Tensor:
         """To the device; from memory that is not pinned, a copy waits for the GPU."""
-        tensor, device = torch.tensor(data), self.logits.device
+        tensor, device = torch.as_tensor(data), self.logits.device
         if device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
