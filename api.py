@@ -526,7 +526,9 @@ class Sampling:
         if answer[: len(self.matched)] != self.matched:
             self.matcher.reset()
             self.matched = []
-        self.matcher.consume_tokens(answer[len(self.matched) :])
+        # A GPU computes a step more than an answer has: there it has ended.
+        if not self.matcher.is_stopped():
+            self.matcher.consume_tokens(answer[len(self.matched) :])
         self.matched = answer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -1513,6 +1515,8 @@ class Runner(batching.model_runner.ModelRunner):
             )
         if constrained:
             self.mask(logits, constrained)
+        if not any(temperature for temperature, *_ in table):
+            return rows, logits.argmax(-1)
         options = self.upload(table).double().split(1, dim=1)
         return rows, sample(logits, noise, *options)
 
