@@ -49,14 +49,13 @@ import signal
 import socket
 import time
 from collections import Counter as Counts
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 # cuBLASLt multiplies few rows faster than cuBLAS. torch reads this when imported.
@@ -67,7 +66,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import h11
 import llguidance.numpy
-import pydantic
 import torch
 import transformers
 import uvicorn
@@ -80,8 +78,8 @@ from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
 from llguidance import LLExecutor
 from prometheus_client import Counter, Gauge, Histogram, exposition
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
-from pydantic_core import PydanticCustomError, to_json
+from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -94,392 +92,21 @@ from transformers.generation import continuous_batching as batching
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import model_download
-from model_download import (
-    CALL_MARK,
-    EXIT_WRONG_START,
-    RANK,
-    WORLD_SIZE,
-    Settings,
-    answer_grammar,
-    listen,
-    read_settings,
-    show_calls,
-    show_functions,
-    split_calls,
-    start_logging,
-    without_marks,
-    words,
+from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
+from py_api import (
+    ChatRequest,
+    ChatResponse,
+    ClientError,
+    FinishReason,
+    OpenAIRequest,
+    SamplingFields,
+    Turn,
+    sse,
 )
 
 logger = logging.getLogger("phi4")
 # Exit codes for a supervisor; 0 is a clean end, model_download has the third.
 EXIT_LOAD, EXIT_ENGINE = 1, 70
-
-
-# ------------------------------------------------------------------------------
-# Wire format
-# ------------------------------------------------------------------------------
-
-
-class ClientError(HTTPException):
-    """With what OpenAI's errors have besides a message. The exception of a validator
-    that is no ValueError goes past pydantic."""
-
-    def __init__(
-        self, detail: str, param: str, code: str = "invalid_value", status: int = 400
-    ) -> None:
-        super().__init__(status, detail)
-        self.param, self.code = param, code
-
-
-# JSON allows lone surrogates, UTF-8 does not. UnicodeEncodeError is a ValueError, so
-# pydantic answers that the field is wrong.
-Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
-TokenLimit = Annotated[int, Field(ge=1)] | None
-NO_LIMIT = BeforeValidator(lambda limit: None if limit == -1 else limit)
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class Strict(BaseModel, strict=True, extra="forbid", use_attribute_docstrings=True):
-    """No coercion ("5" is not 5), no unknown field."""
-
-
-class Turn(Strict):
-    role: Literal["user", "assistant", "system"]
-    content: Text
-
-
-def one_or_more(item: Any, make: Callable[[str], Any] = str, **limits: int) -> Any:
-    """The type of a field that takes a text or a list. It becomes a list either way, so
-    that an error speaks of one type."""
-    listed = lambda given: [make(given)] if isinstance(given, str) else given
-    accepted = BeforeValidator(listed, json_schema_input_type=str | list[item])
-    return Annotated[list[item], Field(**limits), accepted]
-
-
-StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0, strict=False)]  # a key of JSON is a string
-Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-class SamplingFields(Strict):
-    """What both routes accept; null means the default."""
-
-    stream: bool | None = None
-    """Send the answer as it is made, as server-sent events."""
-    temperature: float | None = Field(None, ge=0, le=2)
-    """0 always takes the likeliest token, as does the default without --temperature."""
-    top_p: float | None = Field(None, ge=0, le=1)
-    """Choose among the likeliest tokens that together have this probability."""
-    top_k: int | None = Field(None, ge=-1, le=1024)
-    """Choose among this many likeliest tokens; 0, the default, and -1 are no limit."""
-    min_p: float | None = Field(None, ge=0, le=1)
-    """Choose among tokens with this fraction of the likeliest one's probability."""
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    """Is taken off the logits of tokens that the answer has already."""
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    """The same, for each time that the answer has the token."""
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    """Divides positive logits of tokens in prompt or answer, multiplies negative."""
-    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=1024)
-    """Is added to the logits of these token ids."""
-    min_tokens: int | None = Field(None, ge=0)
-    """The model cannot end the answer before it has so many tokens."""
-    ignore_eos: bool | None = None
-    """The answer goes on when the model ends it, up to its limit."""
-    stop: one_or_more(StopString, max_length=4) | None = None
-    """Text that ends the answer and is not part of it."""
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    """Makes a sampled answer repeatable."""
-
-    def structured_from(self) -> str | None:
-        """The text from which on an answer follows its grammar; None: never."""
-        return None
-
-    def grammar_of_answer(self) -> str | None:
-        """What an answer has to be, in llguidance's Lark; None: any text."""
-        return None
-
-
-# Ends of lines for Unicode, though not for server-sent events: clients that read line
-# by line with their language's own function would cut the JSON there.
-LINE_ENDS = re.compile("\u0085|\u2028|\u2029".encode())
-
-
-def sse(data: bytes, event: bytes = b"") -> bytes:
-    """A server-sent event whose data is JSON."""
-    data = LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
-    name = b"event: %b\n" % event if event else b""
-    return b"%bdata: %b\n\n" % (name, data)
-
-
-class ChatResponse(BaseModel):
-    """The answer of `POST /`: exactly these keys."""
-
-    response: str
-    history: list[Turn]
-    status: Literal[200] = 200
-    time: str = Field(examples=["2026-01-31 12:00:00"])
-
-
-CHAT_EXAMPLE = {"example": {"prompt": "What is the capital of France?", "history": []}}
-
-
-class ChatRequest(SamplingFields, json_schema_extra=CHAT_EXAMPLE):
-    """The body of `POST /`."""
-
-    prompt: Text = Field(min_length=1)
-    """What the user says next."""
-    history: list[Turn] = Field([], fail_fast=True)
-    """The conversation before it, as the last answer gave it."""
-    max_new_tokens: TokenLimit = None
-    """Longest answer in tokens; the default is 512, or what the context has left."""
-
-    def turns(self) -> list[Turn]:
-        return [*self.history, Turn(role="user", content=self.prompt)]
-
-    def to_response(self, generation: "Generation") -> ChatResponse:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        turns = [*self.turns(), Turn(role="assistant", content=generation.text)]
-        return ChatResponse(response=generation.text, history=turns, time=now)
-
-    def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
-        """The next server-sent events; `sent` characters are out already."""
-        if delta := generation.text[sent:]:
-            yield sse(b'{"delta": %b}' % to_json(delta))
-        if generation.finish_reason:
-            yield sse(to_json(self.to_response(generation)))
-            end = {"finish_reason": generation.finish_reason} | generation.usage()
-            yield sse(to_json(end), b"end")
-
-
-class StreamOptions(Strict, extra="ignore"):
-    include_usage: bool | None = None
-
-
-class TextPart(Strict, extra="ignore"):
-    type: Literal["text"]
-    text: Text
-
-
-def as_part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-class Function(Strict, extra="ignore"):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    arguments: Text = "{}"
-    """Of a call: JSON."""
-
-
-class Tool(Strict, extra="ignore"):
-    """A function that is offered, chosen or called."""
-
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class OpenAITurn(Strict, extra="ignore"):
-    role: Literal["user", "assistant", "system", "developer", "tool"]
-    content: one_or_more(TextPart, as_part, min_length=1) | None = None
-    tool_calls: list[Tool] | None = None
-
-    def turn(self) -> Turn:
-        """As the template takes it."""
-        text = "".join(part.text for part in self.content or [])
-        if self.role == "assistant":
-            text += show_calls(each.function for each in self.tool_calls or [])
-            return Turn(role="assistant", content=text)
-        if self.role in ("system", "developer"):
-            return Turn(role="system", content=text)
-        text = without_marks(text)
-        if self.role == "tool":
-            text = f"<tool_response>{text}</tool_response>"
-        return Turn(role="user", content=text)
-
-
-class NamedSchema(Strict, extra="ignore"):
-    definition: dict[str, Any] = Field(alias="schema")
-
-
-class ResponseFormat(Strict, extra="ignore"):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-    @pydantic.model_validator(mode="after")
-    def has_schema(self) -> Self:
-        """Raises a 400 if it has none."""
-        if self.type == "json_schema" and not self.json_schema:
-            name = "response_format.json_schema"
-            raise ClientError(f"{name} is missing", name, CODES["missing"])
-        return self
-
-
-# Fields of OpenAI and vLLM that would change the answer, and are not supported: each is
-# accepted at the value that has no effect, the one in NEUTRAL or else an empty one.
-REFUSED = """
-    add_generation_prompt add_special_tokens allowed_token_ids audio bad_words best_of
-    chat_template continue_final_message documents echo function_call functions grammar
-    guided_choice guided_grammar guided_json guided_regex include_stop_str_in_output
-    length_penalty logits_processors logprob_token_ids logprobs modalities moderation n
-    prompt_logprobs regex repetition_detection return_prompt_text return_token_ids
-    skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
-    top_logprobs truncate_prompt_tokens use_beam_search verbosity vllm_xargs
-    watermarking web_search_options
-"""
-NEUTRAL = {"add_generation_prompt": True, "best_of": 1, "length_penalty": 1, "n": 1}
-NEUTRAL |= {"modalities": ["text"], "skip_special_tokens": True, "verbosity": "medium"}
-NEUTRAL |= {"spaces_between_special_tokens": True}
-
-
-def refuse(value: Any, info: pydantic.ValidationInfo) -> None:
-    """Raises an error for a value that has an effect."""
-    neutral = NEUTRAL.get(info.field_name)
-    if value if neutral is None else value not in (None, neutral):
-        raise PydanticCustomError("unsupported_parameter", "is not supported")
-
-
-Refused = Annotated[Any, AfterValidator(refuse), Field(description="Not supported.")]
-refused: Any = dict.fromkeys(words(REFUSED), (Refused, None))
-Refusals = pydantic.create_model("Refusals", __base__=SamplingFields, **refused)
-
-QUESTION = {"role": "user", "content": "What is 2 + 2?"}
-OPENAI_EXAMPLE = {"example": {"model": "phi-4", "messages": [QUESTION]}}
-
-
-class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
-    """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored."""
-
-    model: Text | None = None
-    messages: list[OpenAITurn] = Field(min_length=1, fail_fast=True)
-    max_tokens: Annotated[TokenLimit, NO_LIMIT] = None
-    max_completion_tokens: Annotated[TokenLimit, NO_LIMIT] = None
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
-    parallel_tool_calls: bool | None = None
-
-    @pydantic.model_validator(mode="after")
-    def go_together(self) -> Self:
-        """Raises a 400 for fields that do not."""
-        if self.must_call() and not self.offered():
-            why = "tool_choice names no function that is in tools"
-            raise ClientError(why, "tool_choice")
-        structured = self.structured_from() is not None
-        if structured and (self.ignore_eos or self.min_tokens):
-            why = (
-                "structured answers end by themselves, without ignore_eos or min_tokens"
-            )
-            raise ClientError(why, "ignore_eos" if self.ignore_eos else "min_tokens")
-        return self
-
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """None for text."""
-        if not self.response_format or self.response_format.type == "text":
-            return None
-        if self.response_format.type == "json_object":
-            return {"type": "object"}
-        return self.response_format.json_schema.definition
-
-    def must_call(self) -> bool:
-        return self.tool_choice not in (None, "none", "auto")
-
-    def offered(self) -> list[Function]:
-        """Those that the answer may call."""
-        functions = [tool.function for tool in self.tools or []]
-        if isinstance(self.tool_choice, Tool):
-            name = self.tool_choice.function.name
-            return [each for each in functions if each.name == name]
-        return [] if self.tool_choice == "none" else functions
-
-    def structured_from(self) -> str | None:
-        if self.schema_of_answer() is not None:
-            return ""
-        return CALL_MARK if self.offered() else None
-
-    def grammar_of_answer(self) -> str | None:
-        parallel = self.parallel_tool_calls is not False
-        options = self.must_call(), parallel
-        return answer_grammar(self.schema_of_answer(), self.offered(), *options)
-
-    def turns(self) -> list[Turn]:
-        turns = [message.turn() for message in self.messages]
-        if functions := self.offered():
-            text = show_functions(functions)
-            if turns[0].role == "system":
-                text = f"{turns.pop(0).content}\n\n{text}"
-            turns.insert(0, Turn(role="system", content=text))
-        return turns
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    def parts(
-        self, generation: "Generation", end: int | None = None
-    ) -> tuple[str, list[dict[str, Any]]]:
-        """The text of an answer and the calls in it, of its first `end` characters."""
-        text, calls = generation.text[:end], []
-        if self.offered():
-            text, calls = split_calls(text)
-        ids = f"call_{generation.id[-24:]}"
-        return text, [
-            {"index": i, "id": f"{ids}{i}", "type": "function", "function": call}
-            for i, call in enumerate(calls)
-        ]
-
-    def finish_reason(self, generation: "Generation") -> FinishReason | None:
-        reason = generation.finish_reason
-        called = reason == "stop" and self.parts(generation)[1]
-        return "tool_calls" if called else reason
-
-    def to_response(self, generation: "Generation") -> dict[str, Any]:
-        text, calls = self.parts(generation)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        message["refusal"] = None
-        if calls:
-            message |= {"content": text or None, "tool_calls": calls}
-        choice = {"index": 0, "message": message, "logprobs": None}
-        choice["finish_reason"] = self.finish_reason(generation)
-        fields = generation.openai_fields | {"object": "chat.completion"}
-        return fields | {"choices": [choice], "usage": generation.openai_usage()}
-
-    def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
-        """The next server-sent events; `sent` characters are out already."""
-        fields = generation.openai_fields | {"object": "chat.completion.chunk"}
-
-        def chunk(delta: dict[str, Any], reason: FinishReason | None = None) -> bytes:
-            choice = {"index": 0, "delta": delta, "logprobs": None}
-            return sse(
-                to_json(fields | {"choices": [choice | {"finish_reason": reason}]})
-            )
-
-        if not sent:
-            yield chunk({"role": "assistant", "content": ""})
-        (before, known), (text, calls) = (
-            self.parts(generation, sent),
-            self.parts(generation),
-        )
-        if delta := text[len(before) :]:
-            yield chunk({"content": delta})
-        for call, old in zip_longest(calls, known):
-            if not old:
-                yield chunk({"tool_calls": [call]})
-            elif new := call["function"]["arguments"][
-                len(old["function"]["arguments"]) :
-            ]:
-                part = {"index": call["index"], "function": {"arguments": new}}
-                yield chunk({"tool_calls": [part]})
-        if generation.finish_reason:
-            yield chunk({}, self.finish_reason(generation))
-            if self.stream_options and self.stream_options.include_usage:
-                usage = {"choices": [], "usage": generation.openai_usage()}
-                yield sse(to_json(fields | usage))
-            yield sse(b"[DONE]")
 
 
 AnyChatRequest = ChatRequest | OpenAIRequest
@@ -710,7 +337,7 @@ class Engine:
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Runs as long as the app is served, and loads the model at its start."""
-        start_logging()
+        model_download.start_logging()
         supervision = asyncio.create_task(self.supervise())
         yield
         supervision.cancel()
@@ -1927,7 +1554,7 @@ def follow(settings: Settings) -> int:
 
 def main() -> int:
     """Run the server from the command line. Returns the exit code."""
-    start_logging()
+    model_download.start_logging()
     settings = read_settings(command_line=True)
     try:
         model_download.preflight(settings)
@@ -1936,7 +1563,7 @@ def main() -> int:
         listener = listen(settings.host, settings.port)
     except (ValueError, OSError) as error:
         logger.error("%s", error)
-        return EXIT_WRONG_START
+        return model_download.EXIT_WRONG_START
     app = create_app(settings)  # which sets the level of the log
     # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
     options: dict[str, Any] = {"http": Protocol, "ws": "none", "log_config": None}
