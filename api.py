@@ -94,10 +94,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import model_download
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
+    ChatCompletion,
     ChatRequest,
     ChatResponse,
     ClientError,
     FinishReason,
+    ModelCard,
+    ModelList,
     OpenAIRequest,
     SamplingFields,
     Turn,
@@ -739,7 +742,6 @@ class Health(BaseModel):
     device: str
 
 
-Json = dict[str, Any]
 STREAM = {200: {"content": {"text/event-stream": {}}}}
 TEXT = {200: {"content": {"text/plain": {}}}}
 ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
@@ -754,28 +756,28 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     return await reply(request, body)
 
 
-@secured.post("/v1/chat/completions", response_model=Json, responses=OPENAI)
+@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
 
 
 @secured.get("/v1/models", responses=OPENAI_ERRORS)
-async def models(request: Request) -> Json:
+async def models(request: Request) -> ModelList:
     """The one model that is served."""
     engine: Engine = request.app.state.engine
-    return {"object": "list", "data": [await model(request, engine.name)]}
+    return ModelList(data=[await model(request, engine.name)])
 
 
 @secured.get("/v1/models/{name:path}", responses=OPENAI_ERRORS)
-async def model(request: Request, name: str) -> Json:
-    """That model. `max_model_len` is in tokens, of a prompt and its answer together."""
+async def model(request: Request, name: str) -> ModelCard:
+    """That model, with its context: the tokens of a prompt and its answer together."""
     engine: Engine = request.app.state.engine
     if name != engine.name:
         why = f"the model that is served here is {engine.name}"
         raise ClientError(why, "model", "model_not_found", 404)
-    card = {"id": engine.name, "object": "model", "created": engine.created}
-    return card | {"owned_by": "local", "max_model_len": engine.max_model_len}
+    fields = {"id": name, "created": engine.created}
+    return ModelCard(max_model_len=engine.max_model_len, **fields)
 
 
 @public.head("/health", include_in_schema=False)  # as some load balancers ask

@@ -503,6 +503,50 @@ QUESTION = {"role": "user", "content": "What is 2 + 2?"}
 OPENAI_EXAMPLE = {"example": {"model": "phi-4", "messages": [QUESTION]}}
 
 
+class OpenAIMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    """Absent where no function is called."""
+
+
+class Choice(BaseModel):
+    index: Literal[0] = 0
+    message: OpenAIMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """The answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: dict[str, int | dict[str, int]]
+
+
+class ModelCard(BaseModel):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["local"] = "local"
+    max_model_len: int
+    """Tokens of a prompt and its answer together."""
+
+
+class ModelList(BaseModel):
+    """The answer of `GET /v1/models`: the one model that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
 class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored."""
 
