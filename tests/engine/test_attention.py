@@ -37,8 +37,9 @@ def answers(
     try:
         for batch in (range(len(prompts) - 1), [len(prompts) - 1]):
             for i in batch:
-                params = {"sampling": api.SamplingParams(1.0, 1.0, 0, 7)}
-                extra = params if i in sampled else {}
+                drawn = api.ChatRequest(prompt="x", temperature=1, seed=7)
+                asked = {"sampling": api.Sampling(drawn, 0, None)}
+                extra = asked if i in sampled else {}
                 manager.add_request(prompts[i], str(i), max_new_tokens=24, **extra)
             done |= results(manager, set(map(str, batch)))
     finally:

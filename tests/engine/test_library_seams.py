@@ -4,6 +4,7 @@ test here names the seam that a new version has moved."""
 
 import ast
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers import modeling_flash_attention_utils as flash
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.generation import continuous_batching as batching
 from transformers.generation.continuous_batching import (
     ContinuousBatchingManager,
     FIFOScheduler,
@@ -53,9 +55,16 @@ CONFIG = (
     " allow_block_sharing scheduler_type auto_switch_to_flash q_padding_interval_size"
     " use_cuda_graph use_async_batching"
 )
+REQUEST = (
+    "input_ids request_id max_new_tokens streaming eos_token_id logit_processor_kwargs"
+)
 # Overridden, replaced or called with arguments by position: all parameters count.
 SIGNATURES: list[tuple[Callable, str]] = [
     (FIFOScheduler.clear_cancelled_requests, "self"),
+    (
+        FIFOScheduler._infer_request_tokens,
+        "self state request_ids_to_remove_from_waiting",
+    ),
     (model_runner.ModelRunner._sample, "self scores output_ids"),
     (model_runner.ModelRunner.compute_batch, "self model batch_data"),
     (model_runner.ModelRunner._get_forward_fn, "self use_block_table"),
@@ -74,6 +83,7 @@ SIGNATURES: list[tuple[Callable, str]] = [
         PREPARED,
     ),
     (input_outputs.ContinuousBatchingIOs._get_graph_key, "self"),
+    (input_outputs.ContinuousBatchingIOs.prepare_batch_update, "self"),
     (input_outputs.ContinuousBatchingAsyncIOs.swap_io_pairs, "self"),
     (continuous_api.OutputRouter.deliver, "self output"),
     (continuous_api.OutputRouter.deliver_batch, "self outputs"),
@@ -106,7 +116,7 @@ TAKES: list[tuple[Callable, str]] = [
     (ContinuousBatchingConfig, CONFIG),
     (
         ContinuousBatchingManager.add_request,
-        "input_ids request_id max_new_tokens streaming logit_processor_kwargs",
+        REQUEST,
     ),
     (ContinuousBatchingManager.stop, "timeout hard_stop"),
     (
@@ -129,6 +139,11 @@ GLOBALS: list[tuple[Any, str]] = [
     (FlowControl, "pause_reading"),
     (FlowControl, "resume_reading"),
 ]
+# Of the state of a request.
+STATE = (
+    "logit_processor_kwargs position_offset initial_tokens generated_tokens"
+    " _true_initial_tokens _eos_token_ids status"
+)
 # Of a manager that has run, as paths of attributes.
 ATTRIBUTES = [
     "background_thread_status.fatal_error",
@@ -177,6 +192,12 @@ def test_signatures(function: Callable, expected: str) -> None:
 @pytest.mark.parametrize(("function", "expected"), TAKES)
 def test_parameters_by_name(function: Callable, expected: str) -> None:
     assert set(expected.split()) <= set(parameters(function))
+
+
+def test_fields_of_a_request() -> None:
+    known = {field.name for field in dataclasses.fields(batching.RequestState)}
+    # The library hides the status behind a property.
+    assert {*STATE.split()} <= known | {name.lstrip("_") for name in known}
 
 
 @pytest.mark.parametrize(("holder", "name"), GLOBALS)

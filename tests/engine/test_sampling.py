@@ -2,6 +2,7 @@
 """Sampling: the right distribution, repeatable by seed, and greedy rows untouched."""
 
 import math
+import re
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,29 @@ import api
 
 # Probabilities 0.40, 0.24, 0.15, 0.09 and less; the likeliest is not the first.
 LOGITS = torch.tensor([0.0, -0.5, 1.5, 2.0, 0.5, 1.0, -1.2, -1.0])
+END = 3  # the token that ends an answer: the likeliest
+ONLY_6_AND_7 = dict.fromkeys("012345", -100)
 LIKELIEST = LOGITS.argsort(descending=True).tolist()
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 48}
 
 
-def state(seed: int, position: int, **sampling: Any) -> SimpleNamespace:
+def state(
+    seed: int,
+    position: int,
+    prompt: list[int] | None = None,
+    answer: list[int] | None = None,
+    **sampling: Any,
+) -> SimpleNamespace:
     """What the engine knows of a request that has come to this position."""
-    params = api.ChatRequest(prompt="x", seed=seed, **sampling).sampling_params()
-    asked = {"sampling": params} if params else {}
-    return SimpleNamespace(logit_processor_kwargs=asked, position_offset=position)
+    body = api.ChatRequest(prompt="x", seed=seed, **sampling)
+    return SimpleNamespace(
+        logit_processor_kwargs={"sampling": api.Sampling(body, 0, None)},
+        position_offset=position,
+        initial_tokens=prompt or [],
+        generated_tokens=answer or [],
+        _true_initial_tokens=0,
+        _eos_token_ids=[END],
+    )
 
 
 def choose(batch: list[SimpleNamespace], scores: torch.Tensor) -> list[int]:
@@ -86,6 +101,13 @@ def chi_square(observed: Counter[Any], expected: dict[Any, float]) -> None:
         ({"temperature": 1.0, "top_p": 0.6, "top_k": 5}, 2),
         ({"temperature": 1.0, "top_p": 1e-9}, 1),
         ({"temperature": 1.0, "top_p": 1.0, "top_k": 0}, 8),
+        ({"temperature": 1.0, "top_p": 0}, 1),
+        ({"temperature": 1.0, "top_k": -1}, 8),
+        ({"temperature": 1.0, "min_p": 0.2}, 4),  # 0.09 is over 0.2 of 0.40
+        ({"temperature": 1.0, "min_p": 0.25}, 3),
+        ({"temperature": 2.0, "min_p": 0.25}, 6),  # temperature comes first
+        ({"temperature": 1.0, "min_p": 0}, 8),
+        ({"temperature": 1.0, "min_p": 1}, 1),
     ],
 )
 @pytest.mark.parametrize("over", ["seeds", "positions"])
@@ -190,8 +212,53 @@ def test_different_seeds_draw_differently(one, other):
 
 def test_without_a_seed_every_request_has_its_own():
     asked = [api.ChatRequest(prompt="x", temperature=1) for _ in range(8)]
-    seeds = {body.sampling_params().seed for body in asked}
+    seeds = {api.Sampling(body, 0, None).seed for body in asked}
     assert len(seeds) == 8
+
+
+# ------------------------------------------------------------------------------
+# What is added to the logits
+# ------------------------------------------------------------------------------
+
+
+def next_token(prompt: list[int], answer: list[int], **sampling: Any) -> int:
+    """The likeliest token after these, in a batch with one that asks for nothing."""
+    position = len(prompt) + len(answer)
+    rows = [state(1, position, prompt, answer, **sampling), state(1, 9)]
+    batch = [SimpleNamespace(state=each, has_new_token=True) for each in rows]
+    token, other = choose(batch, LOGITS.repeat(2, 1))
+    assert other == LIKELIEST[0]
+    return token
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "sampling", "expected"),
+    [
+        # From 2.0 for token 3, 1.5 for token 2 and 1.0 for token 5.
+        ([3], [], {"presence_penalty": 2}, 3),  # looks at the answer only
+        ([], [3], {"presence_penalty": 0.4}, 3),
+        ([], [3], {"presence_penalty": 0.6}, 2),
+        ([], [3, 3, 3], {"presence_penalty": 0.4}, 3),  # once, however often
+        ([], [3, 3, 3], {"frequency_penalty": 0.4}, 2),
+        ([], [3], {"frequency_penalty": 0.4}, 3),
+        ([], [3, 2], {"presence_penalty": 2, "frequency_penalty": 2}, 5),
+        ([], [5], {"presence_penalty": -1.5}, 5),
+        ([], [5, 5], {"frequency_penalty": -1}, 5),
+        ([3], [], {"repetition_penalty": 1.5}, 2),  # looks at the prompt, too
+        ([], [3, 2], {"repetition_penalty": 3}, 5),
+        # -1.0 for token 7 becomes -1.5, and -1.2 for token 6 is more.
+        ([7], [], {"repetition_penalty": 1.5, "logit_bias": ONLY_6_AND_7}, 6),
+        ([], [], {"logit_bias": ONLY_6_AND_7}, 7),
+        ([], [], {"logit_bias": {"6": 4}}, 6),
+        ([], [], {"logit_bias": {"3": -1}}, 2),
+        ([], [], {"logit_bias": {"3": -100, "2": -100}}, 5),
+        ([5], [], {"min_tokens": 1}, 2),  # not the end yet
+        ([5], [2], {"min_tokens": 1}, 3),
+        ([5], [], {"min_tokens": 1, "logit_bias": {"3": 100}}, 2),
+    ],
+)
+def test_penalties_bias_and_min_tokens(prompt, answer, sampling, expected):
+    assert next_token(prompt, answer, **sampling) == expected
 
 
 # ------------------------------------------------------------------------------
@@ -275,11 +342,25 @@ WRONG = [
     ("temperature", 2.1),
     ("temperature", "1"),
     ("temperature", True),
-    ("top_p", 0),
+    ("top_p", -0.01),
     ("top_p", 1.01),
-    ("top_k", -1),
+    ("top_k", -2),
     ("top_k", 1025),
     ("top_k", 1.5),
+    ("min_p", -0.01),
+    ("min_p", 1.01),
+    ("presence_penalty", 2.1),
+    ("presence_penalty", "1"),
+    ("frequency_penalty", -2.1),
+    ("repetition_penalty", 0),
+    ("repetition_penalty", 11),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"5": "1"}),
+    ("logit_bias", {"x": 1}),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", [5]),
+    ("min_tokens", -1),
+    ("ignore_eos", "yes"),
     ("seed", 2**63),
     ("seed", -(2**63) - 1),
     ("seed", "1"),
@@ -292,7 +373,8 @@ WRONG = [
     ("max_new_tokens", 0),
     ("max_tokens", 0),
     ("max_tokens", "5"),
-    ("max_completion_tokens", -1),
+    ("max_completion_tokens", 0),
+    ("max_completion_tokens", -2),
 ]
 
 
@@ -308,16 +390,38 @@ def test_what_is_out_of_range_is_refused_by_name(server, field, value):
         refused = server.post(path=openai, **body)
         assert refused.status_code == 400
         error = refused.json()["error"]
-        assert error["param"].split(".")[0] == field and field in error["message"]
+        assert re.split(r"[.\[]", error["param"])[0] == field in error["message"]
+        assert "item" not in error["message"]  # what a validator counts
+
+
+def test_too_many_stop_strings_are_told_how_many_there_may_be(server):
+    body = {"messages": [{"role": "user", "content": "x"}], "stop": ["a"] * 5}
+    refused = server.post(path="/v1/chat/completions", **body).json()["error"]
+    assert refused["param"] == "stop"
+    assert refused["message"] == "stop: has more than 4 entries"
+    assert server.post(stop=["a"] * 5).json()["detail"][0]["msg"] in refused["message"]
+
+
+def test_a_bias_for_a_token_that_there_is_not_is_refused_by_name(server):
+    size = server.model.config.vocab_size
+    assert server.post(logit_bias={str(size - 1): -1}, max_new_tokens=1).ok
+    refused = server.post(logit_bias={str(size): -1})
+    assert refused.status_code == 400 and "logit_bias" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("field", ["temperature", "top_p"])
+@pytest.mark.parametrize(
+    "field",
+    ["temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty"],
+)
 def test_numbers_that_are_none_are_refused(server, field, number):
     body = f'{{"prompt": "x", "{field}": {number}}}'
     headers = {"Content-Type": "application/json"}
     refused = requests.post(server.url, data=body, headers=headers, timeout=60)
     assert refused.status_code == 422 and field in refused.text
+    biased = f'{{"prompt": "x", "logit_bias": {{"5": {number}}}}}'
+    refused = requests.post(server.url, data=biased, headers=headers, timeout=60)
+    assert refused.status_code == 422 and "logit_bias" in refused.text
 
 
 def test_the_ends_of_the_ranges_and_null_are_accepted(server):
@@ -325,6 +429,10 @@ def test_the_ends_of_the_ranges_and_null_are_accepted(server):
         {"temperature": 2, "top_p": 1, "top_k": 1024, "seed": 2**63 - 1},
         {"temperature": 0, "top_p": 1e-300, "top_k": 0, "seed": -(2**63)},
         {"temperature": 1e-300, "stop": ["~"] * 4},
+        {"temperature": 1, "top_p": 0, "top_k": -1, "min_p": 1},
+        {"presence_penalty": 2, "frequency_penalty": -2, "repetition_penalty": 10},
+        {"logit_bias": {"5": 100, "6": -100}, "min_tokens": 0, "ignore_eos": False},
+        {"logit_bias": {}, "min_p": 0, "repetition_penalty": 1e-9},
         dict.fromkeys(
             [
                 "temperature",
@@ -334,6 +442,13 @@ def test_the_ends_of_the_ranges_and_null_are_accepted(server):
                 "stop",
                 "stream",
                 "max_new_tokens",
+                "min_p",
+                "presence_penalty",
+                "frequency_penalty",
+                "repetition_penalty",
+                "logit_bias",
+                "min_tokens",
+                "ignore_eos",
             ]
         ),
     ):

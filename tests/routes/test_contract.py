@@ -144,7 +144,8 @@ def test_no_room_is_a_400_that_names_both_numbers(
         assert tokens in refused.json()["detail"] and "512" in refused.json()["detail"]
     refused = server.post("x", max_new_tokens=505)
     assert refused.status_code == 400
-    assert re.search(r"\b505\b.*\b512\b", refused.json()["detail"])
+    numbers = re.findall(r"\d+", refused.json()["detail"])
+    assert {"8", "505", "512"} <= {*numbers}
     assert server.post("x", max_new_tokens=504).status_code == 200
     # What cannot fit, whatever it says, is not even tokenised.
     templated = server.spy(monkeypatch, "apply_template")
@@ -152,7 +153,8 @@ def test_no_room_is_a_400_that_names_both_numbers(
     for size in (most, most + 1):
         refused = server.post("x" * size)
         assert refused.status_code == 400
-        assert re.search(r"\b\d+\b.*\b512\b", refused.json()["detail"])
+        numbers = re.findall(r"\d+", refused.json()["detail"])
+        assert "512" in numbers and len(numbers) > 1
         assert len(templated) == 1
     empty = [{"role": "user", "content": ""}] * (most // api.TURN_CHARS + 1)
     assert server.post("x", history=empty).status_code == 400

@@ -20,6 +20,7 @@ METHODS = {
     ("/", "post"),
     ("/v1/chat/completions", "post"),
     ("/v1/models", "get"),
+    ("/v1/models/{name}", "get"),
     ("/health", "get"),
     ("/metrics", "get"),
 }
@@ -77,8 +78,13 @@ def test_the_ranges_are_in_the_schema(schema):
         fields = schema["components"]["schemas"][name]["properties"]
         ranges = {
             "temperature": {"minimum": 0, "maximum": 2},
-            "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-            "top_k": {"minimum": 0, "maximum": 1024},
+            "top_p": {"minimum": 0, "maximum": 1},
+            "top_k": {"minimum": -1, "maximum": 1024},
+            "min_p": {"minimum": 0, "maximum": 1},
+            "presence_penalty": {"minimum": -2, "maximum": 2},
+            "frequency_penalty": {"minimum": -2, "maximum": 2},
+            "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 10},
+            "min_tokens": {"minimum": 0},
         }
         for field, limits in ranges.items():
             assert limits.items() <= fields[field]["anyOf"][0].items(), field
@@ -132,7 +138,7 @@ def test_a_key_can_be_entered_on_the_page(schema):
     secured = {
         path for path, _, operation in operations(schema) if operation.get("security")
     }
-    assert secured == {"/", "/v1/chat/completions", "/v1/models", "/metrics"}
+    assert secured == {path for path, _ in METHODS} - {"/health"}
 
 
 def test_the_demo_says_that_it_is_not_phi_4():

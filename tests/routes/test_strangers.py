@@ -297,7 +297,8 @@ FILL = {
 def test_what_cannot_fit_is_not_tokenised(shared, monkeypatch, path, fill):
     tokenised = shared.spy(monkeypatch, "apply_template")
     answer = shared.post(FILL[fill] * 40_000, path)
-    assert answer.status_code == 400 and "do not fit in" in answer.text
+    assert answer.status_code == 400 and "maximum context length" in answer.text
+    assert "context_length_exceeded" in answer.text  # what programs look for
     assert not tokenised
 
 
