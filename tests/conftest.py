@@ -78,6 +78,16 @@ def say(
 
 
 @pytest.fixture
+def write(
+    counting: Running, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], None]]:
+    """A function that sets what the model of `counting` wants to write."""
+    yield lambda text: scripted.prefer(monkeypatch, counting, text.encode())
+    counting.gate.allow()
+    wait_until(counting.idle)
+
+
+@pytest.fixture
 def played_gpu() -> Iterator[pytest.MonkeyPatch]:
     """A machine whose CPU passes for a GPU, as far as the attention can tell."""
     with played.playing() as patch:

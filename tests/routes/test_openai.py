@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -168,6 +169,30 @@ def test_models(counting, client):
     listed = requests.get(counting.url + "/v1/models", timeout=DEADLINE).json()
     assert listed["object"] == "list"
     Model.model_validate(listed["data"][0], strict=True)
+    assert listed["data"][0]["max_model_len"] == 2048
+    assert client.models.retrieve("phi-4") == model
+    for other in ("gpt-4o", "phi-4/x", "microsoft/phi-4"):
+        with pytest.raises(openai.NotFoundError, match=r"served here is phi-4") as none:
+            client.models.retrieve(other)
+        assert (none.value.param, none.value.code) == ("model", "model_not_found")
+
+
+def test_max_model_len_is_what_a_request_may_have(counting, say):
+    say(b"a")
+    url = counting.url + "/v1/models/phi-4"
+    most = requests.get(url, timeout=DEADLINE).json()["max_model_len"]
+    room = most - ask(counting).json()["usage"]["prompt_tokens"]
+    assert ask(counting, max_tokens=room).status_code == 200
+    error = error_of(ask(counting, max_tokens=room + 1))
+    assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
+    assert "This model's maximum context length is" in error["message"]
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_tokens": -1}, {"max_tokens": None}])
+def test_without_a_limit_an_answer_fills_the_context(server, limit):
+    answer = ask(server, **limit).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 512
 
 
 # ------------------------------------------------------------------------------
@@ -288,24 +313,33 @@ def error_of(response: requests.Response) -> dict[str, Any]:
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+ODD_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "odd"}},
+}
+NAMED = {"type": "function", "function": {"name": "g"}}
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x"}}
+WRONG_SCHEMA = {"name": "x", "schema": {"type": "nonsense"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [TOOL]),
-        ("functions", [{"name": "f"}]),
-        ("n", 2),
-        ("logprobs", True),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("logit_bias", {"5": 1}),
+        ("tools", [{"type": "custom", "custom": {"name": "f"}}]),
+        ("tools", [{"type": "function", "function": {"name": "two words"}}]),
+        ("tools", [{"type": "function"}]),
+        ("tools", [TOOL] * 129),
+        ("tools", [ODD_TOOL]),
+        ("tool_choice", "required"),
+        ("tool_choice", NAMED),
+        ("response_format", {"type": "grammar"}),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", NO_SCHEMA),
+        ("response_format", {"type": "json_schema", "json_schema": WRONG_SCHEMA}),
         ("messages", []),
         ("messages", [{"role": "user", "content": [IMAGE]}]),
-        ("messages", [{"role": "tool", "content": "x", "tool_call_id": "1"}]),
+        ("messages", [{"role": "function", "name": "f", "content": "x"}]),
         ("messages", [{"role": "user", "content": "\ud800"}]),
         ("messages", [{"role": "user"}]),
     ],
@@ -314,8 +348,50 @@ def test_what_would_change_the_answer_is_refused_by_name(server, field, value):
     response = ask(server, **{field: value})
     assert response.status_code == 400, response.text
     error = error_of(response)
-    assert error["param"].split(".")[0] == field and field in error["message"]
-    assert error["type"] == "invalid_request_error"
+    assert re.split(r"[.\[]", error["param"])[0] == field
+    # A schema's error is llguidance's, and says that it is one.
+    assert field in error["message"] or "JSON schema" in error["message"]
+    assert error["type"] == "invalid_request_error" and error["code"]
+
+
+UNSUPPORTED = {
+    "n": 2,
+    "best_of": 2,
+    "logprobs": True,
+    "top_logprobs": 3,
+    "prompt_logprobs": 1,
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy", "format": "wav"},
+    "web_search_options": {"search_context_size": "low"},
+    "verbosity": "low",
+    "echo": True,
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "chat_template": "{{ messages }}",
+    "guided_json": {"type": "object"},
+    "guided_choice": ["a", "b"],
+    "guided_regex": "a*",
+    "structured_outputs": {"choice": ["a"]},
+    "stop_token_ids": [5],
+    "bad_words": ["no"],
+    "allowed_token_ids": [5],
+    "skip_special_tokens": False,
+    "include_stop_str_in_output": True,
+    "truncate_prompt_tokens": 9,
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+}
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_what_is_not_done_is_refused_by_name(server, field):
+    response = ask(server, **{field: UNSUPPORTED[field]})
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert error["message"] == f"{field} is not supported"
+    assert error["param"] == field and error["code"] == "unsupported_parameter"
 
 
 ASKED = {"role": "user", "content": "x"}
@@ -324,9 +400,19 @@ ASKED = {"role": "user", "content": "x"}
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"messages": [ASKED], "stop": ""}, "stop"),
-        ({"messages": [ASKED], "stop": "x" * 300}, "stop"),
-        ({"messages": [ASKED | {"content": [IMAGE]}]}, "messages.0.content.0.type"),
+        ({"messages": [ASKED], "stop": ""}, "stop[0]"),
+        ({"messages": [ASKED], "stop": "x" * 300}, "stop[0]"),
+        ({"messages": [ASKED], "stop": 5}, "stop"),
+        ({"messages": [ASKED | {"content": [IMAGE]}]}, "messages[0].content[0].type"),
+        (
+            {"messages": [ASKED | {"content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+        ),
+        ({"messages": [ASKED, ASKED | {"content": 5}]}, "messages[1].content"),
+        ({"messages": [ASKED], "tools": [TOOL, {}]}, "tools[1].function"),
+        ({"messages": [ASKED], "tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"messages": [ASKED], "logit_bias": {"5": 101}}, "logit_bias[5]"),
+        ({}, "messages"),
         ([], None),
     ],
 )
@@ -334,13 +420,15 @@ def test_an_error_names_the_field_and_nothing_of_the_program(server, body, param
     url = server.url + "/v1/chat/completions"
     answer = requests.post(url, json=body, timeout=DEADLINE)
     assert answer.status_code == 400
-    assert "function" not in answer.text and "0x" not in answer.text
-    assert error_of(answer)["param"] == param
+    error = error_of(answer)
+    assert "function-" not in answer.text and "0x" not in answer.text
+    assert "Tool" not in answer.text and "item" not in error["message"]
+    assert error["param"] == param
 
 
 def test_a_stop_string_that_is_wrong_is_named_on_the_other_route(server):
     refused = server.post(stop="").json()["detail"]
-    assert {tuple(error["loc"]) for error in refused} == {("body", "stop")}
+    assert {tuple(error["loc"]) for error in refused} == {("body", "stop", 0)}
 
 
 def test_what_changes_nothing_is_ignored(server):
@@ -350,22 +438,36 @@ def test_what_changes_nothing_is_ignored(server):
         "tools": [], "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0,
         "logit_bias": {}, "response_format": {"type": "text"}, "functions": None,
         "tool_choice": "none", "modalities": ["text"], "prediction": None,
+        "best_of": 1, "verbosity": "medium", "length_penalty": 1.0, "echo": False,
+        "skip_special_tokens": True, "add_generation_prompt": True, "stop_token_ids": [],
+        "top_logprobs": 0, "continue_final_message": False, "prompt_cache_key": "k",
+        "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "min_tokens": 0,
+        "ignore_eos": False,
     }  # fmt: skip
     part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
     harmless["messages"] = [{"role": "user", "content": [part]}]
-    response = ask(server, max_tokens=2, **harmless)
+    response = ask(server, max_tokens=9, **harmless)
     assert response.status_code == 200, response.text
+    plain = ask(server, max_tokens=9, messages=[{"role": "user", "content": "x"}])
+    assert response.json()["choices"] == plain.json()["choices"]
 
 
 def test_errors_of_the_client_become_its_exceptions(counting, client):
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=MODEL, messages=HELLO, n=2)
     assert refused.value.param == "n"
-    with pytest.raises(openai.BadRequestError, match="do not fit"):
+    assert refused.value.code == "unsupported_parameter"
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as long:
         client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=10**9)
-    with pytest.raises(openai.NotFoundError):
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
         client.embeddings.create(model=MODEL, input="x")
-    error_of(requests.get(counting.url + "/v1/nothing", timeout=DEADLINE))
+    lost = requests.get(counting.url + "/v1/nothing", timeout=DEADLINE)
+    assert (
+        lost.status_code == 404 and "/v1/chat/completions" in error_of(lost)["message"]
+    )
+    lost = requests.post(counting.url + "/chat/completions", json={}, timeout=DEADLINE)
+    assert lost.status_code == 404 and "/v1" in lost.json()["detail"]
     wrong_method = requests.get(counting.url + PATH, timeout=DEADLINE)
     assert wrong_method.status_code == 405
     error_of(wrong_method)
@@ -388,8 +490,11 @@ def test_a_wrong_key_is_a_401(tiny_folder):
         with connect(served, api_key="wrong") as client:
             with pytest.raises(openai.AuthenticationError, match="API key"):
                 client.chat.completions.create(model=MODEL, messages=HELLO)
-            with pytest.raises(openai.AuthenticationError):
+            with pytest.raises(openai.AuthenticationError) as none:
                 client.models.list()
+            assert none.value.code == "invalid_api_key"
+            with pytest.raises(openai.AuthenticationError):
+                client.models.retrieve("tiny")  # whether or not there is one
         assert ask(served).headers["WWW-Authenticate"] == "Bearer"
         error_of(ask(served))
         with (

@@ -11,6 +11,8 @@ import torch
 from server import Running
 from transformers import Phi3ForCausalLM
 
+import api
+
 LAST = 255  # the scripted model counts its tokens up to here, and starts again
 
 
@@ -49,3 +51,20 @@ def teach(monkeypatch: Any, served: Running, pieces: Sequence[bytes]) -> None:
     table = [*pieces, *[None] * (len(served.engine.token_bytes) - len(pieces))]
     monkeypatch.setattr(served.engine, "token_bytes", table)
     monkeypatch.setattr(served.generation_config, "eos_token_id", [len(pieces)])
+
+
+def prefer(monkeypatch: Any, served: Running, text: bytes) -> None:
+    """Let a server of the counting model want to write this text and end, one byte per
+    token. Unlike with `teach`, the tokens are the text's own, and what the server does
+    to logits counts: where it excludes the byte, another one comes."""
+    end = served.generation_config.eos_token_id[0]
+    edit = api.Runner.edit
+
+    def edit_preferred(runner: Any, logits: Any, state: Any, answer: list[int]) -> None:
+        at = api.answer_length(state)
+        logits.zero_()
+        logits[text[at] if at < len(text) else end] = 50
+        edit(runner, logits, state, answer)
+
+    monkeypatch.setattr(api.Runner, "edit", edit_preferred)
+    monkeypatch.setattr(api, "takes_likeliest", lambda state: False)
