@@ -14,6 +14,7 @@ from transformers import Phi3ForCausalLM
 import api
 
 LAST = 255  # the scripted model counts its tokens up to here, and starts again
+EDIT = api.Runner.edit
 
 
 @torch.no_grad()
@@ -54,17 +55,19 @@ def teach(monkeypatch: Any, served: Running, pieces: Sequence[bytes]) -> None:
 
 
 def prefer(monkeypatch: Any, served: Running, text: bytes) -> None:
-    """Let a server of the counting model want to write this text and end, one byte per
-    token. Unlike with `teach`, the tokens are the text's own, and what the server does
-    to logits counts: where it excludes the byte, another one comes."""
+    """Let a server of the counting model want to write this text and end, byte by byte.
+    Unlike with `teach`, the tokens are the text's own, and what the server does to
+    logits counts: where it excludes the byte, the first token comes that it does not."""
     end = served.generation_config.eos_token_id[0]
-    edit = api.Runner.edit
+    sizes = [len(token or b"") for token in served.engine.token_bytes]
 
     def edit_preferred(runner: Any, logits: Any, state: Any, answer: list[int]) -> None:
-        at = api.answer_length(state)
+        # With a GPU's order of things, the last token may not be known yet.
+        unknown = api.answer_length(state) - len(answer)
+        at = sum(sizes[token] for token in answer) + unknown
         logits.zero_()
         logits[text[at] if at < len(text) else end] = 50
-        edit(runner, logits, state, answer)
+        EDIT(runner, logits, state, answer)
 
     monkeypatch.setattr(api.Runner, "edit", edit_preferred)
     monkeypatch.setattr(api, "takes_likeliest", lambda state: False)
