@@ -108,8 +108,8 @@ from py_api import (
 )
 
 logger = logging.getLogger("phi4")
-# Exit codes for a supervisor; 0 is a clean end, model_download has the third.
-EXIT_LOAD, EXIT_ENGINE = 1, 70
+# Exit codes for a supervisor; 0 is a clean end.
+EXIT_LOAD, EXIT_WRONG_START, EXIT_ENGINE = 1, model_download.EXIT_WRONG_START, 70
 
 
 AnyChatRequest = ChatRequest | OpenAIRequest
@@ -120,10 +120,10 @@ AnyChatRequest = ChatRequest | OpenAIRequest
 # ------------------------------------------------------------------------------
 
 
-def schema_error(why: str) -> HTTPException:
+def schema_error(generation: "Generation", why: str) -> HTTPException:
     """The schema of an answer or of a function cannot be used."""
-    why = f"the JSON schema cannot be used: {why}"
-    return ClientError(why, "response_format")
+    param = "tools" if generation.structured_from else "response_format"
+    return ClientError(f"{param}: the JSON schema cannot be used: {why}", param)
 
 
 def unavailable(detail: str) -> HTTPException:
@@ -437,12 +437,12 @@ class Engine:
         if grammar is None:
             return None
         if WORLD_SIZE > 1:  # each process would need one of its own
-            raise schema_error("under torchrun there are no schemas and no tools")
+            raise schema_error(generation, "not under torchrun")
         compiling = partial(model_download.compile_grammar, self.ll_tokenizer, grammar)
         try:
             return await generation.in_thread(self.compiler, compiling)
         except ValueError as error:
-            raise schema_error(str(error)) from error
+            raise schema_error(generation, str(error)) from error
 
     async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
         """Token ids of a conversation. Raises a 400 for one that is far too long,
@@ -496,7 +496,7 @@ class Engine:
                 self.release(generation, unavailable(ENGINE_FAILED))
                 continue
             if why := generation.sampling.error:
-                self.release(generation, schema_error(why))
+                self.release(generation, schema_error(generation, why))
                 continue
             generation.last_token = time.monotonic()
             generation.first_token = generation.first_token or generation.last_token
@@ -1565,7 +1565,7 @@ def main() -> int:
         listener = listen(settings.host, settings.port)
     except (ValueError, OSError) as error:
         logger.error("%s", error)
-        return model_download.EXIT_WRONG_START
+        return EXIT_WRONG_START
     app = create_app(settings)  # which sets the level of the log
     # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
     options: dict[str, Any] = {"http": Protocol, "ws": "none", "log_config": None}

@@ -205,9 +205,10 @@ class Turn(Strict):
 def one_or_more(item: Any, make: Callable[[str], Any] = str, **limits: int) -> Any:
     """The type of a field that takes a text or a list. It becomes a list either way, so
     that an error speaks of one type."""
+    several = Annotated[list[item], Field(**limits)]
     listed = lambda given: [make(given)] if isinstance(given, str) else given
-    accepted = BeforeValidator(listed, json_schema_input_type=str | list[item])
-    return Annotated[list[item], Field(**limits), accepted]
+    accepted = BeforeValidator(listed, json_schema_input_type=str | several)
+    return Annotated[several, accepted]
 
 
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
@@ -392,9 +393,24 @@ def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     return "%json " + json.dumps(schema | {"x-guidance": options})
 
 
+def _without_look_around(schema: Any) -> Any:
+    """Without the patterns that llguidance cannot have, such as zod's of an address."""
+    if isinstance(schema, list):
+        return [_without_look_around(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: _without_look_around(value) for key, value in schema.items()}
+    pattern = schema.get("pattern")
+    if isinstance(pattern, str) and re.search(r"\(\?<?[=!]", pattern):
+        del kept["pattern"]
+    return kept
+
+
 def _call_rule(function: Any) -> str:
     """What a call has between `CALL_MARK` and `END_CALL`."""
     schema = function.parameters or {"properties": {}}
+    if not function.strict:
+        schema = _without_look_around(schema)
     if "properties" in schema:  # few functions take arguments that they do not name
         schema = {"additionalProperties": False} | schema
     head = json.dumps((CALL % function.name).removeprefix(CALL_MARK))
@@ -415,6 +431,9 @@ class TextPart(Strict, extra="ignore"):
     text: Text
 
 
+OPTIONAL: Any = Field(None, validate_default=True)  # looked at where it is missing, too
+
+
 def as_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
@@ -427,18 +446,50 @@ class Function(Strict, extra="ignore"):
     arguments: Text = "{}"
     """Of a call: JSON."""
 
+    @pydantic.field_validator("parameters")
+    @classmethod
+    def are_an_object(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given and given.get("type", "object") != "object":
+            raise PydanticCustomError("parameters", 'are not of the type "object"')
+        return given
+
 
 class Tool(Strict, extra="ignore"):
-    """A function that is offered, chosen or called."""
+    """A function that is offered or called."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
+class ToolChoice(Strict, extra="ignore"):
+    type: Literal["none", "auto", "required", "function"]
+    function: Function | None = OPTIONAL
+
+    @pydantic.field_validator("function")
+    @classmethod
+    def goes_with_its_type(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
+        if given is None and info.data.get("type") == "function":
+            raise PydanticCustomError("missing", "is missing")
+        return given
+
+
+AS_CHOICE = BeforeValidator(
+    lambda given: {"type": given} if isinstance(given, str) else given,
+    json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice,
+)
+
+
 class OpenAITurn(Strict, extra="ignore"):
     role: Literal["user", "assistant", "system", "developer", "tool"]
-    content: one_or_more(TextPart, as_part, min_length=1) | None = None
+    content: one_or_more(TextPart, as_part, min_length=1) | None = OPTIONAL
     tool_calls: list[Tool] | None = None
+
+    @pydantic.field_validator("content")
+    @classmethod
+    def can_be_without(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
+        if given is None and info.data.get("role") not in ("assistant", "tool", None):
+            raise PydanticCustomError("missing", "is missing")
+        return given
 
     def turn(self) -> Turn:
         """As the template takes it."""
@@ -460,15 +511,14 @@ class NamedSchema(Strict, extra="ignore"):
 
 class ResponseFormat(Strict, extra="ignore"):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
+    json_schema: NamedSchema | None = OPTIONAL
 
-    @pydantic.model_validator(mode="after")
-    def has_schema(self) -> Self:
-        """Raises a 400 if it has none."""
-        if self.type == "json_schema" and not self.json_schema:
-            name = "response_format.json_schema"
-            raise ClientError(f"{name} is missing", name, "missing_required_parameter")
-        return self
+    @pydantic.field_validator("json_schema")
+    @classmethod
+    def goes_with_its_type(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
+        if given is None and info.data.get("type") == "json_schema":
+            raise PydanticCustomError("missing", "is missing")
+        return given
 
 
 # Fields of OpenAI and vLLM that would change the answer, and are not supported: each is
@@ -557,7 +607,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    tool_choice: Annotated[ToolChoice, AS_CHOICE] | None = None
     parallel_tool_calls: bool | None = None
 
     @pydantic.model_validator(mode="after")
@@ -583,15 +633,18 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         return self.response_format.json_schema.definition
 
     def must_call(self) -> bool:
-        return self.tool_choice not in (None, "none", "auto")
+        choice = self.tool_choice
+        return choice is not None and choice.type in ("required", "function")
 
     def offered(self) -> list[Function]:
         """Those that the answer may call."""
-        functions = [tool.function for tool in self.tools or []]
-        if isinstance(self.tool_choice, Tool):
-            name = self.tool_choice.function.name
-            return [each for each in functions if each.name == name]
-        return [] if self.tool_choice == "none" else functions
+        functions, choice = (
+            [tool.function for tool in self.tools or []],
+            self.tool_choice,
+        )
+        if choice and choice.function:
+            return [each for each in functions if each.name == choice.function.name]
+        return [] if choice and choice.type == "none" else functions
 
     def structured_from(self) -> str | None:
         if self.schema_of_answer() is not None:

@@ -20,10 +20,12 @@ import pytest
 import requests
 import torch
 from net import DEADLINE, free_port
+from openai.types.chat import completion_create_params
 from server import ROOT, Running, running, spawned, wait_until
 
 import api
 import model_download
+import py_api
 
 README = (ROOT / "README.md").read_text()
 ADDRESS = "127.0.0.1:6006"
@@ -81,7 +83,7 @@ def test_every_block_has_a_test() -> None:
         assert any(command.startswith(known) for command in COMMANDS), known
     # The other blocks, which the tests below find by what is in them.
     others = sorted({(kind, text) for kind, text in BLOCKS if kind != "bash"})
-    kinds = ["ini", "json", "nginx", "python", "python", "python"]
+    kinds = ["ini", "json", "nginx", "python", "python", "python", "text"]
     assert [kind for kind, _ in others] == kinds
 
 
@@ -300,6 +302,70 @@ def first_cells(header: str) -> set[str]:
     rows = re.findall(r"^\| *([^|]*?) *\|", table.partition("\n\n")[0], re.MULTILINE)
     assert rows, header
     return {cell for row in rows for cell in row.replace("`", "").split(", ")}
+
+
+FIELDS = {
+    kind: re.findall(r"`(\w+)`", cell)
+    for kind, cell in re.findall(
+        r"^\| (Done|Refused|Ignored)[^|]* \| (.*) \|$", README, re.MULTILINE
+    )
+}
+# Values that would change the answer, where 1 would be no such value.
+TELLING = {"n": 2, "best_of": 2, "length_penalty": 2, "skip_special_tokens": False}
+TELLING |= {"spaces_between_special_tokens": False, "add_generation_prompt": False}
+TELLING |= {"modalities": ["audio"], "verbosity": "low"}
+
+
+def test_every_field_of_the_openai_route_is_in_its_table() -> None:
+    """Of OpenAI's, as its own package has them, and of the schema here."""
+    schema = py_api.OpenAIRequest.model_json_schema()["properties"]
+    refused = {
+        name
+        for name, field in schema.items()
+        if field.get("description") == "Not supported."
+    }
+    assert set(FIELDS["Refused"]) == refused
+    assert set(FIELDS["Done"]) == set(schema) - refused
+    theirs = completion_create_params.CompletionCreateParamsBase.__annotations__
+    listed = [name for names in FIELDS.values() for name in names]
+    assert set(theirs) - {"stream"} <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_refused_fields_are_refused_and_ignored_ones_are_ignored(
+    server: Running,
+) -> None:
+    def ask(**more: Any) -> requests.Response:
+        turns = [{"role": "user", "content": "hello"}]
+        return server.post(
+            path="/v1/chat/completions", messages=turns, max_tokens=4, **more
+        )
+
+    plain = ask().json()["choices"]
+    for name in FIELDS["Refused"]:
+        told = ask(**{name: TELLING.get(name, 1)})
+        assert told.status_code == 400, name
+        error = told.json()["error"]
+        assert error["message"] == f"{name} is not supported" and error["param"] == name
+        assert ask(**{name: None}).status_code == 200, name
+    ignored = dict.fromkeys(FIELDS["Ignored"], 1) | {"unheard_of": {"a": 1}}
+    assert ask(**ignored).json()["choices"] == plain
+    neutral = py_api.NEUTRAL | {
+        "logprobs": False,
+        "top_logprobs": 0,
+        "stop_token_ids": [],
+    }
+    assert ask(**neutral).json()["choices"] == plain
+
+
+def test_what_the_model_is_told_of_functions() -> None:
+    function = py_api.Function(
+        name="get_weather", description="...", parameters={"x": 0}
+    )
+    printed = one_with("text").replace('"parameters": {...}', '"parameters": {"x": 0}')
+    assert py_api.show_functions([function]) == printed
+    marked = py_api.without_marks("<tool_call>")
+    assert f"`{marked}`" in README
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
