@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import pydantic
 import pytest
 from hub_stub import Hub
 
@@ -795,8 +796,17 @@ def test_demo_without_the_wheel(pypi: dict[str, bytes], tmp_path: Path) -> None:
 def test_demo_without_pip(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     python = tmp_path / "bare" / "bin" / "python"
+    # As uv makes one: with the requirements, and without pip.
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(pydantic.__file__).parents[1].iterdir():
+        if not path.name.startswith("pip"):
+            (packages / path.name).symlink_to(path)
     command = [python, PROJECT / "model_download.py", "--demo", "--dir", tmp_path / "x"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    given = os.environ | {"PYTHONPATH": str(packages)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=given
+    )
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert "`python -m ensurepip` or `uv pip install pip`" in line
