@@ -408,6 +408,7 @@ class Engine:
         tokens = await self.tokenize(body.turns(), generation)
         if generation.error:  # it was released meanwhile
             raise generation.error
+        limit = self.new_token_limit(len(tokens), body)
         generation.prompt_tokens = len(tokens)
         if max(body.logit_bias or {}, default=0) >= len(self.token_bytes):
             raise ClientError("logit_bias: no such token", "logit_bias")
@@ -415,7 +416,7 @@ class Engine:
         added = self.manager.add_request(
             tokens,
             generation.id,
-            max_new_tokens=self.new_token_limit(len(tokens), body),
+            max_new_tokens=limit,
             streaming=True,
             eos_token_id=-1 if body.ignore_eos else None,
             sampling=generation.sampling,
@@ -687,7 +688,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
         return EventSourceResponse(events, headers=STREAM_HEADERS)
     while not generation.finish_reason:
         await generation.wait()
-    headers = {"X-Finish-Reason": generation.finish_reason}
+    headers = {"X-Finish-Reason": body.finish_reason(generation)}
     headers["X-Prompt-Tokens"] = str(generation.prompt_tokens)
     headers["X-Completion-Tokens"] = str(generation.completion_tokens)
     return Response(to_json(body.to_response(generation)), 200, headers, JSON)
@@ -1175,7 +1176,7 @@ class Runner(batching.model_runner.ModelRunner):
         fill(self.executor, matchers, mask)
         for sampling in constrained.values():
             # It allows nothing but the end of the answer, then.
-            sampling.error = sampling.matcher.get_error()
+            sampling.error = model_download.error_of(sampling.matcher)
         allowed = self.upload(mask.view("uint8"))
         bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
         allowed = (allowed[..., None] >> bits & 1).flatten(1)[:, : logits.shape[1]]

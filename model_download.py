@@ -578,10 +578,15 @@ def compile_grammar(tokenizer: Any, grammar: str) -> Any:
     limits = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     matcher.compute_bitmask()  # the first takes longest, and finds empty languages
-    if matcher.is_error():
-        why = re.split(r"\n +\d+ \| |<non-verbose", matcher.get_error())[0]
-        raise ValueError(one_line(why.rpartition("JSON schema: ")[2]))
+    if why := error_of(matcher):
+        raise ValueError(why)
     return matcher
+
+
+def error_of(matcher: Any) -> str:
+    """Why it is stuck, on one line and without the grammar; empty if it is not."""
+    why = re.split(r"\n +\d+ \| |<non-verbose", matcher.get_error())[0]
+    return one_line(why.rpartition("JSON schema: ")[2])
 
 
 # ------------------------------------------------------------------------------

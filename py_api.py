@@ -205,7 +205,7 @@ class Turn(Strict):
 def one_or_more(item: Any, make: Callable[[str], Any] = str, **limits: int) -> Any:
     """The type of a field that takes a text or a list. It becomes a list either way, so
     that an error speaks of one type."""
-    several = Annotated[list[item], Field(**limits)]
+    several = Annotated[list[item], Field(fail_fast=True, **limits)]
     listed = lambda given: [make(given)] if isinstance(given, str) else given
     accepted = BeforeValidator(listed, json_schema_input_type=str | several)
     return Annotated[several, accepted]
@@ -233,7 +233,7 @@ class SamplingFields(Strict):
     """Is taken off the logits of tokens that the answer has already."""
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     """The same, for each time that the answer has the token."""
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     """Divides positive logits of tokens in prompt or answer, multiplies negative."""
     logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=1024)
     """Is added to the logits of these token ids."""
@@ -253,6 +253,10 @@ class SamplingFields(Strict):
     def grammar_of_answer(self) -> str | None:
         """What an answer has to be, in llguidance's Lark; None: any text."""
         return None
+
+    def finish_reason(self, generation: "Generation") -> FinishReason | None:
+        """None while it goes on."""
+        return generation.finish_reason
 
 
 # Ends of lines for Unicode, though not for server-sent events: clients that read line
@@ -340,7 +344,21 @@ def without_marks(text: str) -> str:
 
 def show_calls(calls: Iterable[Any]) -> str:
     """Calls as the model has written them."""
-    return "\n".join(CALL % each.name + each.arguments + END_CALL for each in calls)
+    shown = [CALL % each.name + (each.arguments or "{}") + END_CALL for each in calls]
+    return "\n".join(shown)
+
+
+def _end_of_json(text: str, start: int) -> int:
+    """Where the object that starts there ends; the end of the text if it goes on."""
+    tails = [END_CALL[:length] for length in range(1, len(END_CALL))]
+    if text.find(END_CALL, start) < 0 and not text.endswith(tuple(tails)):
+        return len(text)  # cheap, for this is asked at every token
+    try:  # integers of any length
+        return json.JSONDecoder(parse_int=str).raw_decode(text, start)[1]
+    except RecursionError:
+        return text.rfind(END_CALL, start) % (len(text) + 1)
+    except ValueError:
+        return len(text)
 
 
 def split_calls(text: str) -> tuple[str, list[dict[str, str]]]:
@@ -349,11 +367,9 @@ def split_calls(text: str) -> tuple[str, list[dict[str, str]]]:
     content = text.partition(CALL_MARK)[0]
     calls, at = [], len(content)
     while head := CALL_HEAD.match(text, at):
-        try:  # integers of any length
-            end = json.JSONDecoder(parse_int=str).raw_decode(text, head.end())[1]
-        except (ValueError, RecursionError):  # there is more to come
-            end = len(text)
-        calls.append({"name": head[1], "arguments": text[head.end() : end]})
+        start = head.end()
+        end = _end_of_json(text, start)
+        calls.append({"name": head[1], "arguments": text[start:end]})
         at = end + len(END_CALL) + 1  # each is on a line of its own
     return content, calls
 
@@ -390,18 +406,25 @@ def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     llguidance's options does not count."""
     options = {"whitespace_flexible": False, "lenient": lenient}
     options |= {"item_separator": ", ", "key_separator": ": "}
-    return "%json " + json.dumps(schema | {"x-guidance": options})
+    return "%json " + json.dumps(_simpler(schema, lenient) | {"x-guidance": options})
 
 
-def _without_look_around(schema: Any) -> Any:
-    """Without the patterns that llguidance cannot have, such as zod's of an address."""
+# Other formats are remarks, for JSON Schema, and llguidance refuses them.
+FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri".split()
+
+
+def _simpler(schema: Any, lenient: bool) -> Any:
+    """Without unknown formats and, if lenient, patterns that llguidance cannot have,
+    such as zod's of an address."""
     if isinstance(schema, list):
-        return [_without_look_around(each) for each in schema]
+        return [_simpler(each, lenient) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {key: _without_look_around(value) for key, value in schema.items()}
-    pattern = schema.get("pattern")
-    if isinstance(pattern, str) and re.search(r"\(\?<?[=!]", pattern):
+    kept = {key: _simpler(value, lenient) for key, value in schema.items()}
+    name, pattern = schema.get("format"), schema.get("pattern")
+    if isinstance(name, str) and name not in FORMATS:
+        del kept["format"]
+    if lenient and isinstance(pattern, str) and re.search(r"\(\?<?[=!]", pattern):
         del kept["pattern"]
     return kept
 
@@ -409,8 +432,6 @@ def _without_look_around(schema: Any) -> Any:
 def _call_rule(function: Any) -> str:
     """What a call has between `CALL_MARK` and `END_CALL`."""
     schema = function.parameters or {"properties": {}}
-    if not function.strict:
-        schema = _without_look_around(schema)
     if "properties" in schema:  # few functions take arguments that they do not name
         schema = {"additionalProperties": False} | schema
     head = json.dumps((CALL % function.name).removeprefix(CALL_MARK))
@@ -420,6 +441,34 @@ def _call_rule(function: Any) -> str:
 # ------------------------------------------------------------------------------
 # POST /v1/chat/completions
 # ------------------------------------------------------------------------------
+
+
+# Fields of OpenAI and vLLM that would change the answer, and are not supported: each is
+# accepted at the value that has no effect, the one in NEUTRAL or else an empty one.
+REFUSED = """
+    add_generation_prompt add_special_tokens allowed_token_ids audio bad_words best_of
+    chat_template continue_final_message documents echo function_call functions grammar
+    guided_choice guided_grammar guided_json guided_regex include_stop_str_in_output
+    length_penalty logits_processors logprob_token_ids logprobs modalities moderation n
+    prompt_logprobs regex repetition_detection return_prompt_text return_token_ids
+    skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
+    top_logprobs truncate_prompt_tokens use_beam_search verbosity vllm_xargs
+    watermarking web_search_options
+"""
+NEUTRAL = {"add_generation_prompt": True, "best_of": 1, "length_penalty": 1, "n": 1}
+NEUTRAL |= {"modalities": ["text"], "skip_special_tokens": True, "verbosity": "medium"}
+NEUTRAL |= {"spaces_between_special_tokens": True}
+NEUTRAL |= {"web_search_options": None, "prompt_logprobs": None}
+
+
+def refuse(value: Any, info: pydantic.ValidationInfo) -> None:
+    """Raises an error for a value that has an effect."""
+    name = info.field_name
+    if value not in (None, NEUTRAL[name]) if name in NEUTRAL else value:
+        raise PydanticCustomError("unsupported_parameter", "is not supported")
+
+
+Refused = Annotated[Any, AfterValidator(refuse), Field(description="Not supported.")]
 
 
 class StreamOptions(Strict, extra="ignore"):
@@ -482,7 +531,8 @@ AS_CHOICE = BeforeValidator(
 class OpenAITurn(Strict, extra="ignore"):
     role: Literal["user", "assistant", "system", "developer", "tool"]
     content: one_or_more(TextPart, as_part, min_length=1) | None = OPTIONAL
-    tool_calls: list[Tool] | None = None
+    tool_calls: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
+    function_call: Refused = None
 
     @pydantic.field_validator("content")
     @classmethod
@@ -521,31 +571,6 @@ class ResponseFormat(Strict, extra="ignore"):
         return given
 
 
-# Fields of OpenAI and vLLM that would change the answer, and are not supported: each is
-# accepted at the value that has no effect, the one in NEUTRAL or else an empty one.
-REFUSED = """
-    add_generation_prompt add_special_tokens allowed_token_ids audio bad_words best_of
-    chat_template continue_final_message documents echo function_call functions grammar
-    guided_choice guided_grammar guided_json guided_regex include_stop_str_in_output
-    length_penalty logits_processors logprob_token_ids logprobs modalities moderation n
-    prompt_logprobs regex repetition_detection return_prompt_text return_token_ids
-    skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
-    top_logprobs truncate_prompt_tokens use_beam_search verbosity vllm_xargs
-    watermarking web_search_options
-"""
-NEUTRAL = {"add_generation_prompt": True, "best_of": 1, "length_penalty": 1, "n": 1}
-NEUTRAL |= {"modalities": ["text"], "skip_special_tokens": True, "verbosity": "medium"}
-NEUTRAL |= {"spaces_between_special_tokens": True}
-
-
-def refuse(value: Any, info: pydantic.ValidationInfo) -> None:
-    """Raises an error for a value that has an effect."""
-    neutral = NEUTRAL.get(info.field_name)
-    if value if neutral is None else value not in (None, neutral):
-        raise PydanticCustomError("unsupported_parameter", "is not supported")
-
-
-Refused = Annotated[Any, AfterValidator(refuse), Field(description="Not supported.")]
 refused: Any = dict.fromkeys(REFUSED.split(), (Refused, None))
 Refusals = pydantic.create_model("Refusals", __base__=SamplingFields, **refused)
 
@@ -606,7 +631,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     max_completion_tokens: Annotated[TokenLimit, NO_LIMIT] = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
     tool_choice: Annotated[ToolChoice, AS_CHOICE] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -693,6 +718,8 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         message["refusal"] = None
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
+            for call in calls:  # their numbers are for streams
+                del call["index"]
         choice = {"index": 0, "message": message, "logprobs": None}
         choice["finish_reason"] = self.finish_reason(generation)
         fields = generation.openai_fields | {"object": "chat.completion"}
@@ -708,20 +735,21 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
                 to_json(fields | {"choices": [choice | {"finish_reason": reason}]})
             )
 
+        before, known = self.parts(generation, sent)
+        text, calls = self.parts(generation)
         if not sent:
-            yield chunk({"role": "assistant", "content": ""})
-        (before, known), (text, calls) = (
-            self.parts(generation, sent),
-            self.parts(generation),
-        )
+            content = "" if text or not generation.text else None
+            yield chunk({"role": "assistant", "content": content})
         if delta := text[len(before) :]:
             yield chunk({"content": delta})
         for call, old in zip_longest(calls, known):
             if not old:
                 yield chunk({"tool_calls": [call]})
-            elif new := call["function"]["arguments"][
-                len(old["function"]["arguments"]) :
-            ]:
+                continue
+            new = call["function"]["arguments"].removeprefix(
+                old["function"]["arguments"]
+            )
+            if new:
                 part = {"index": call["index"], "function": {"arguments": new}}
                 yield chunk({"tool_calls": [part]})
         if generation.finish_reason:

@@ -83,7 +83,7 @@ def test_the_ranges_are_in_the_schema(schema):
             "min_p": {"minimum": 0, "maximum": 1},
             "presence_penalty": {"minimum": -2, "maximum": 2},
             "frequency_penalty": {"minimum": -2, "maximum": 2},
-            "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 10},
+            "repetition_penalty": {"minimum": 0.01, "maximum": 10},
             "min_tokens": {"minimum": 0},
         }
         for field, limits in ranges.items():

@@ -410,7 +410,10 @@ ASKED = {"role": "user", "content": "x"}
         ),
         ({"messages": [ASKED, ASKED | {"content": 5}]}, "messages[1].content"),
         ({"messages": [ASKED], "tools": [TOOL, {}]}, "tools[1].function"),
-        ({"messages": [ASKED], "tools": [TOOL], "tool_choice": "any"}, "tool_choice.type"),
+        (
+            {"messages": [ASKED], "tools": [TOOL], "tool_choice": "any"},
+            "tool_choice.type",
+        ),
         ({"messages": [ASKED], "logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({}, "messages"),
         ([], None),
