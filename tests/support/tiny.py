@@ -9,7 +9,7 @@ Each builder fills a folder that `AutoTokenizer.from_pretrained`, and for models
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -41,6 +41,7 @@ CL100K_SPLIT = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SMALL_WORDS = ("user", "system", "assistant", " the", " you", "ing", "hello", "ll")
+CALL_WORDS = ("<tool_call>", '{"name": "', '", "arguments": {"', "}</tool_call>")
 IMPOSSIBLE, CERTAIN = -1e4, 1e4
 
 
@@ -72,24 +73,31 @@ def phi4_tokenizer(folder: Path, max_length: int = 16384) -> PreTrainedTokenizer
     return _write_tokenizer(folder, ranks, special, max_length)
 
 
-def small_tokenizer(folder: Path, max_length: int = 512) -> PreTrainedTokenizerBase:
+def small_tokenizer(
+    folder: Path, max_length: int = 512, words: Sequence[str] = SMALL_WORDS
+) -> PreTrainedTokenizerBase:
     """Write a byte-level tokenizer of about 290 ids to `folder`, return it loaded.
 
     Ids 0..255 are the bytes themselves, so every text round-trips and each character
-    outside ASCII is spread over several tokens; then come pieces of `SMALL_WORDS`
+    outside ASCII is spread over several tokens; then come the beginnings of `words`
     and phi-4's special tokens that matter here. Template and flags are phi-4's.
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
-    for word in SMALL_WORDS:
+    for word in words:
         for end in range(2, len(word) + 1):
             ranks.setdefault(word[:end].encode(), len(ranks))
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]
     return _write_tokenizer(folder, ranks, [*special, "<|dummy_85|>"], max_length)
 
 
+def calls_tokenizer(folder: Path, max_length: int = 512) -> PreTrainedTokenizerBase:
+    """The same with the pieces of a call of a function, `CALL_WORDS`, as tokens."""
+    return small_tokenizer(folder, max_length, (*SMALL_WORDS, *CALL_WORDS))
+
+
 def tiny_model(
     folder: Path,
-    tokenizer: Literal["small", "phi4"] = "small",
+    tokenizer: Literal["small", "calls", "phi4"] = "small",
     *,
     seed: int = 0,
     layers: int = 2,
@@ -110,8 +118,8 @@ def tiny_model(
     at the ends). Special tokens that do not end an answer never come unless `bias`
     says so. Returns the loaded tokenizer.
     """
-    build = {"small": small_tokenizer, "phi4": phi4_tokenizer}[tokenizer]
-    loaded = build(folder, max_length=context)
+    build = {"small": small_tokenizer, "calls": calls_tokenizer, "phi4": phi4_tokenizer}
+    loaded = build[tokenizer](folder, max_length=context)
     end_ids = loaded.convert_tokens_to_ids(list(END_TOKENS))
     special_ids = {"bos_token_id": end_ids[1], "pad_token_id": loaded.pad_token_id}
     config = Phi3Config(
