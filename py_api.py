@@ -410,7 +410,18 @@ def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
 
 
 # Other formats are remarks, for JSON Schema, and llguidance refuses them.
-FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri".split()
+FORMATS = [
+    "date-time",
+    "time",
+    "date",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "uuid",
+    "uri",
+]
 
 
 def _simpler(schema: Any, lenient: bool) -> Any:
