@@ -47,6 +47,7 @@ import re
 import secrets
 import signal
 import socket
+import threading
 import time
 from collections import Counter as Counts
 from collections.abc import AsyncIterator, Callable
@@ -266,6 +267,7 @@ class Generation:
 INLINE_CHARS, LONG_CHARS, TURN_CHARS = 2048, (4096, 32768), 50
 # Text has 1 to 5 characters to a token. What has more than this is refused unread.
 MAX_CHARS_PER_TOKEN = 16
+COMPILE_SECONDS = 15  # for a grammar; 0.3 is usual for the largest
 ENGINE_FAILED = "the engine failed and is restarting"
 MAX_FAILURES = 3  # of the engine, in a row, without an answer between them
 
@@ -313,7 +315,8 @@ class Engine:
         # A tokenizer is not thread-safe.
         copies = [copy.deepcopy(tokenizer) for _ in range(len(LONG_CHARS) + 1)]
         self.tokenizers = [(ThreadPoolExecutor(1), each) for each in copies]
-        self.compiler = ThreadPoolExecutor(1)  # of grammars
+        threading.stack_size(1 << 28)  # for a long chain of $refs; virtual memory only
+        self.compiler = ThreadPoolExecutor(2)  # of grammars
         logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
         attention = install_patches(device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -404,7 +407,7 @@ class Engine:
         on the generation grows. Raises HTTPException (400, 499, 503, 504), and
         ValueError for a tokenizer that does not fit the model."""
         self.admit(generation)
-        matcher = await self.compile(body.grammar_of_answer(), generation)
+        matcher = await self.compile(body, generation)
         tokens = await self.tokenize(body.turns(), generation)
         if generation.error:  # it was released meanwhile
             raise generation.error
@@ -433,17 +436,25 @@ class Engine:
             raise unavailable(f"{len(self.admitted)} requests are in flight or waiting")
         self.admitted[generation.id] = generation
 
-    async def compile(self, grammar: str | None, generation: Generation) -> Any:
+    async def compile(self, body: AnyChatRequest, generation: Generation) -> Any:
         """What holds an answer to its grammar, if it has one. Raises a 400."""
-        if grammar is None:
+        if generation.structured_from is None:
             return None
         if WORLD_SIZE > 1:  # each process would need one of its own
             raise schema_error(generation, "not under torchrun")
-        compiling = partial(model_download.compile_grammar, self.ll_tokenizer, grammar)
+
+        def compile_grammar() -> Any:
+            grammar = body.grammar_of_answer()
+            return model_download.compile_grammar(self.ll_tokenizer, grammar)
+
         try:
-            return await generation.in_thread(self.compiler, compiling)
-        except ValueError as error:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await generation.in_thread(self.compiler, compile_grammar)
+        except (ValueError, RecursionError) as error:
             raise schema_error(generation, str(error)) from error
+        except TimeoutError as error:
+            self.compiler = ThreadPoolExecutor(2)  # a thread cannot be ended
+            raise schema_error(generation, "that takes too long") from error
 
     async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
         """Token ids of a conversation. Raises a 400 for one that is far too long,

@@ -557,10 +557,11 @@ def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes |
 # Grammars of answers
 # ------------------------------------------------------------------------------
 
-# What one grammar may take of others' time and memory: about 0.1 s to compile, 20 ms for
-# a token, 50 MB. A row's own limits are llguidance's.
+# What one grammar may take of others' time and memory: for what of it llguidance bounds,
+# 0.3 s to compile, 20 ms for a token, 50 MB.
 GRAMMAR_LIMITS = {"max_grammar_size": 20_000, "max_lexer_states": 20_000}
-GRAMMAR_LIMITS |= {"step_lexer_fuel": 50_000, "step_max_items": 20_000}
+GRAMMAR_LIMITS |= {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000}
+GRAMMAR_LIMITS |= {"step_max_items": 5_000}
 
 
 def grammar_tokenizer(model: Any, tokenizer: Any, ends: list[int]) -> Any:

@@ -159,9 +159,11 @@ if __name__ == "__main__":
 # ends before this line, and needs no package but requests.
 # ------------------------------------------------------------------------------
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -401,43 +403,51 @@ body: ({bodies}) "{END_CALL}"
 TEXT: /(.|\\n)*/"""
 
 
-def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
-    """JSON by a schema, on one line, as json.dumps writes it. What the schema says of
-    llguidance's options does not count."""
-    options = {"whitespace_flexible": False, "lenient": lenient}
-    options |= {"item_separator": ", ", "key_separator": ": "}
-    return "%json " + json.dumps(_simpler(schema, lenient) | {"x-guidance": options})
-
-
 # Other formats are remarks, for JSON Schema, and llguidance refuses them.
-FORMATS = [
-    "date-time",
-    "time",
-    "date",
-    "duration",
-    "email",
-    "hostname",
-    "ipv4",
-    "ipv6",
-    "uuid",
-    "uri",
-]
+FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6")
+FORMATS += ("uuid", "uri")
+LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+# What llguidance would need seconds and hundreds of MB for, whatever its limits.
+MAX_SCHEMA, MAX_MULTIPLE, MAX_PATTERNS = 262_144, 20_000, 100
 
 
-def _simpler(schema: Any, lenient: bool) -> Any:
-    """Without unknown formats and, if lenient, patterns that llguidance cannot have,
-    such as zod's of an address."""
+def _prepared(schema: Any, lenient: bool) -> Any:
+    """As llguidance can have it: without unknown formats and, if lenient, without the
+    patterns that it does not know, such as zod's of an address. Raises ValueError."""
     if isinstance(schema, list):
-        return [_simpler(each, lenient) for each in schema]
+        return [_prepared(each, lenient) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {key: _simpler(value, lenient) for key, value in schema.items()}
+    kept = {key: _prepared(value, lenient) for key, value in schema.items()}
     name, pattern = schema.get("format"), schema.get("pattern")
     if isinstance(name, str) and name not in FORMATS:
         del kept["format"]
-    if lenient and isinstance(pattern, str) and re.search(r"\(\?<?[=!]", pattern):
+    if lenient and isinstance(pattern, str) and LOOK_AROUND.search(pattern):
         del kept["pattern"]
+    if len(schema.get("patternProperties") or ()) > MAX_PATTERNS:
+        raise ValueError(f"over {MAX_PATTERNS} patternProperties")
+    low = schema.get("exclusiveMinimum", schema.get("minimum"))
+    high = schema.get("exclusiveMaximum", schema.get("maximum"))
+    exclusive = schema.keys() & {"exclusiveMinimum", "exclusiveMaximum"}
+    if exclusive and all(isinstance(each, int | float) for each in (low, high)):
+        # llguidance 1.9.1 lets some of such bounds through themselves.
+        if high - low < 1 and schema.get("type") != "integer":
+            raise ValueError("exclusive bounds less than 1 apart are not supported")
     return kept
+
+
+def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
+    """JSON by a schema, on one line, as json.dumps writes it. What the schema says of
+    llguidance's options does not count. Raises ValueError for what takes too long."""
+    options = {"whitespace_flexible": False, "lenient": lenient}
+    options |= {"item_separator": ", ", "key_separator": ": "}
+    text = json.dumps(_prepared(schema, lenient) | {"x-guidance": options})
+    multiples = re.findall(r'"multipleOf": ([\d.e+-]+)', text)
+    multiple = math.lcm(*(Fraction(each).numerator for each in multiples))
+    patterns = text.count('"patternProperties"')
+    if len(text) > MAX_SCHEMA or multiple > MAX_MULTIPLE or patterns > 8:
+        raise ValueError("it is too large, or has too large a multipleOf")
+    return f"%json {text}"
 
 
 def _call_rule(function: Any) -> str:
@@ -688,7 +698,11 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         return CALL_MARK if self.offered() else None
 
     def grammar_of_answer(self) -> str | None:
-        parallel = self.parallel_tool_calls is not False
+        parallel = self.parallel_tool_calls
+        if (
+            parallel is None
+        ):  # weak models do not stop by themselves where they must call
+            parallel = not self.must_call()
         options = self.must_call(), parallel
         return answer_grammar(self.schema_of_answer(), self.offered(), *options)
 
