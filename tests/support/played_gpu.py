@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from server import Running, running
 from torch import Tensor
 from transformers.generation.continuous_batching import (
     continuous_api,
@@ -149,6 +150,23 @@ def gpu_model(
     model = plain_model(layers)
     model.set_attn_implementation(attention)
     return model
+
+
+@contextlib.contextmanager
+def serving(**options: Any) -> Iterator[Running]:
+    """A server whose engine takes the CPU for a GPU. Options are those of Settings."""
+    with playing() as patch:
+        install = api.install_patches
+
+        def install_for_gpu(_: torch.device) -> str:
+            attention = install(torch.device("cuda"))
+            patch.setattr(api, "varlen_attn", reference)
+            patch.setattr(continuous_api, "ModelRunner", CpuRunner)
+            return attention
+
+        patch.setattr(api, "install_patches", install_for_gpu)
+        with running(**options) as served:
+            yield served
 
 
 def create_manager(model: transformers.PreTrainedModel, blocks: int = 200) -> Any:
