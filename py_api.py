@@ -429,10 +429,11 @@ def _prepared(schema: Any, lenient: bool) -> Any:
     low = schema.get("exclusiveMinimum", schema.get("minimum"))
     high = schema.get("exclusiveMaximum", schema.get("maximum"))
     exclusive = schema.keys() & {"exclusiveMinimum", "exclusiveMaximum"}
-    if exclusive and all(isinstance(each, int | float) for each in (low, high)):
-        # llguidance 1.9.1 lets some of such bounds through themselves.
-        if high - low < 1 and schema.get("type") != "integer":
-            raise ValueError("exclusive bounds less than 1 apart are not supported")
+    numbers = all(isinstance(each, int | float) for each in (low, high))
+    close = bool(exclusive) and numbers and high - low < 1
+    # llguidance 1.9.1 lets some of such bounds through themselves.
+    if close and schema.get("type") != "integer":
+        raise ValueError("exclusive bounds less than 1 apart are not supported")
     return kept
 
 

@@ -72,14 +72,7 @@ def on_gpu(folder: Path) -> Iterator[Running]:
             yield server
 
 
-LATE = pytest.mark.xfail(
-    strict=True,
-    reason="with late tokens a grammar is asked for a mask behind the end token, and "
-    "the error of that becomes the answer: a 400 instead of every finished answer",
-)
-
-
-@pytest.fixture(params=["served", pytest.param("on_gpu", marks=LATE)])
+@pytest.fixture(params=["served", "on_gpu"])
 def constrained(request: pytest.FixtureRequest) -> Running:
     return request.getfixturevalue(request.param)
 
@@ -380,9 +373,6 @@ def test_json_schema_without_one_is_a_400(served: Running) -> None:
     assert "json_schema" in refused.json()["error"]["message"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the message has a second line, with the library's own mark"
-)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "schema", [ENDLESS, {"type": "array", "items": {"$ref": "#"}, "minItems": 1}]
@@ -466,7 +456,7 @@ def test_nobody_changes_when_constrained_rows_come_and_go(
 # ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=LATE)])
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("sharing", [True, False])
 def test_answers_are_the_same_after_preemptions(
     folder: Path,
@@ -806,7 +796,7 @@ def test_cached_tokens_of_a_shared_beginning(each: Running) -> None:
     assert tokens - 17 <= cached(again) < tokens
 
 
-@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=LATE)])
+@pytest.mark.parametrize("gpu", [False, True])
 def test_cached_tokens_do_not_count_what_a_preemption_computes_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
 ) -> None:
