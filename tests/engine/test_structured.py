@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch, tiny.one_thread():
         patch.setattr(api, "CLIENT_SECONDS", 1)  # so long a connection is remembered
+        patch.setattr(api, "PING_SECONDS", 1)  # and a stream
         with running(model=folder) as server:
             yield server
 
@@ -68,6 +69,7 @@ def on_gpu(folder: Path) -> Iterator[Running]:
     """Here the next step runs before the last token is known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "CLIENT_SECONDS", 1)
+        patch.setattr(api, "PING_SECONDS", 1)
         with played.serving(model=folder) as server:
             yield server
 
@@ -321,7 +323,6 @@ BAD = [
     ({"if": INTEGER, "then": {"minimum": 5}}, "if"),
     ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
     ({"type": "string", "pattern": "(unclosed"}, "unclosed"),
-    ({"type": "string", "format": "no-such-format"}, "no-such-format"),
     ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum"),
     ({"type": "object", "required": ["z"], "additionalProperties": False}, "z"),
     ({"enum": []}, "[Uu]nsatisfiable"),
@@ -858,6 +859,7 @@ def test_who_left_before_the_compiler_was_free_is_not_compiled(
         return make(*args, **options)
 
     monkeypatch.setattr(llguidance, "LLMatcher", slow)
+    monkeypatch.setattr(served.engine, "compiler", ThreadPoolExecutor(1))
     waiting = served.submit(**asked(2, SMALL))
     try:
         assert begun.wait(DEADLINE)
@@ -870,6 +872,71 @@ def test_who_left_before_the_compiler_was_free_is_not_compiled(
     assert said(waiting.result())[1] == "stop"
     assert said(served.post(**asked(2, SMALL)))[1] == "stop"
     assert not any("gone" in each for each in made)
+
+
+TOO_MUCH = {
+    "patterns": {
+        "type": "object",
+        "patternProperties": {f"^x{n}_": INTEGER for n in range(2000)},
+    },
+    "a multiple": {"type": "integer", "multipleOf": 1_000_003},
+    "multiples": {
+        "allOf": [{"type": "integer", "multipleOf": n} for n in (9973, 9967)]
+    },
+    "a pattern": STRING | {"pattern": "^(a{1000}){1000}$"},
+    "words": STRING | {"pattern": "|".join(f"w{n}" for n in range(80_000))},
+    "properties": {"type": "object", "properties": {f"p{n}": {} for n in range(4000)}},
+    "references": {
+        "$defs": {
+            f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}, {"type": "null"}]}
+            for n in range(2000)
+        }
+        | {"a2000": INTEGER},
+        "$ref": "#/$defs/a0",
+    },
+    "nothing between": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "exclusiveMaximum": 0.001,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_what_would_take_too_long_is_refused_soon(served: Running, name: str) -> None:
+    """And the process lives: a long chain of references is compiled by recursion."""
+    begun = time.monotonic()
+    answer = served.post(**asked(2, TOO_MUCH[name], max_tokens=200))
+    if name != "references":
+        assert answer.status_code == 400
+        assert "response_format" in answer.json()["error"]["message"]
+    assert time.monotonic() - begun < 5 * api.COMPILE_SECONDS
+    assert said(served.post(**asked(2, SMALL)))[1] == "stop"
+
+
+def test_a_grammar_that_is_compiled_too_long_is_given_up(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, make = threading.Event(), llguidance.LLMatcher
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert "slow" not in str(args) or go_on.wait(DEADLINE)
+        return make(*args, **options)
+
+    monkeypatch.setattr(llguidance, "LLMatcher", slow)
+    monkeypatch.setattr(api, "COMPILE_SECONDS", 0.3)
+    try:
+        for _ in range(3):
+            assert served.post(**asked(2, {"const": "slow"})).status_code == 400
+        monkeypatch.setattr(api, "COMPILE_SECONDS", DEADLINE)
+        assert said(served.post(**asked(2, SMALL)))[1] == "stop"
+    finally:
+        go_on.set()
+
+
+def test_an_unknown_format_is_a_remark(served: Running) -> None:
+    schema = STRING | {"format": "no-such-format", "maxLength": 3}
+    assert said(served.post(**asked(3, schema)))[1] == "stop"
 
 
 def slowest_health(served: Running, future: "Future[Any]") -> float:
