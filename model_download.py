@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Download the weights that api.py serves, and check that they are all there and that
-this machine can serve them.
+"""What comes before serving: download the weights, check that they are all there and
+that this machine can serve them; and api.py's settings, log and socket.
 
     python model_download.py                        phi-4 (29 GB) from ModelScope
     python model_download.py --source huggingface   the same from Hugging Face
