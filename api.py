@@ -148,8 +148,11 @@ class Sampling:
         self.seed = secrets.randbits(63) if body.seed is None else body.seed
         penalties = body.presence_penalty, body.frequency_penalty
         repeats = body.repetition_penalty not in (None, 1)
-        # Whether the tokens before the next one have to be known.
+        # Whether the tokens before the next one have to be known, and whether the
+        # library's own choice is right.
         self.looks_back = bool(matcher or any(penalties) or repeats)
+        edited = self.looks_back or body.logit_bias or body.min_tokens
+        self.takes_likeliest = not (edited or self.temperature)
         self.matched: list[int] = []  # the tokens that the matcher has consumed
 
     def match(self, answer: list[int]) -> None:
@@ -188,11 +191,11 @@ class Generation:
         created = int(time.time())
         self.openai_fields = {"id": self.id, "created": created, "model": model}
         self.stop_strings, self.structured_from = stop or [], structured_from
-        self.watched = self.stop_strings + [structured_from] * bool(structured_from)
+        self.watched = [each for each in (*self.stop_strings, structured_from) if each]
         self.longest = max(map(len, self.watched), default=0)
         self.prompt_tokens = self.completion_tokens = 0
         self.text = ""
-        self.held = ""  # the end of the text that may be the beginning of a stop string
+        self.held = ""  # the end of the text with which a watched string may begin
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -227,7 +230,7 @@ class Generation:
         if found:
             shown, self.held = text[: min(found)], ""
             mark = self.structured_from
-            # An answer that a stop string cuts short, as it would a limit, is not whole.
+            # A stop string that cuts JSON or a call leaves it incomplete, as a limit does.
             cut = mark is not None and mark in self.text + shown
             self.finish_reason = "length" if cut else "stop"
         else:
@@ -252,11 +255,13 @@ class Generation:
             self.text += self.held
 
     def usage(self) -> dict[str, Any]:
+        """Token counts, as both routes give them."""
         prompt, new = self.prompt_tokens, self.completion_tokens
         used = {"prompt_tokens": prompt, "completion_tokens": new}
         return used | {"total_tokens": prompt + new}
 
     def openai_usage(self) -> dict[str, Any]:
+        """The same, with cached tokens."""
         details = {"cached_tokens": self.sampling.cached_tokens}
         return self.usage() | {"prompt_tokens_details": details}
 
@@ -316,7 +321,9 @@ class Engine:
         # A tokenizer is not thread-safe.
         copies = [copy.deepcopy(tokenizer) for _ in range(len(LONG_CHARS) + 1)]
         self.tokenizers = [(ThreadPoolExecutor(1), each) for each in copies]
-        threading.stack_size(1 << 28)  # for a long chain of $refs; virtual memory only
+        # Of every thread from here on: a long chain of $refs recurses deeply. It is
+        # virtual memory, and costs nothing where it is not used.
+        threading.stack_size(1 << 28)
         self.compiler = ThreadPoolExecutor(2)  # of grammars
         logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
         attention = install_patches(device)
@@ -444,7 +451,10 @@ class Engine:
         if WORLD_SIZE > 1:  # each process would need one of its own
             raise schema_error(generation, "not under torchrun")
 
+        begun = []
+
         def compile_grammar() -> Any:
+            begun.append(True)
             grammar = body.grammar_of_answer()
             return model_download.compile_grammar(self.ll_tokenizer, grammar)
 
@@ -454,6 +464,8 @@ class Engine:
         except (ValueError, RecursionError) as error:
             raise schema_error(generation, str(error)) from error
         except TimeoutError as error:
+            if not begun:
+                raise unavailable("many schemas wait to be compiled") from error
             self.compiler = ThreadPoolExecutor(2)  # a thread cannot be ended
             raise schema_error(generation, "that takes too long") from error
 
@@ -484,15 +496,14 @@ class Engine:
         """How many tokens the answer may have. Raises a 400 if they do not fit."""
         room, wanted = self.max_model_len - prompt_tokens, body.max_new_tokens
         if room < (wanted or 1):
-            need = f"{wanted or 'any'} new ones"
-            raise self.too_long(f"{prompt_tokens} in the messages and {need} are asked")
-        default = (
-            room if isinstance(body, OpenAIRequest) else self.settings.max_new_tokens
-        )
-        return min(wanted or default, room)
+            more = f" and {wanted} new ones are asked for" if wanted else ""
+            raise self.too_long(f"the messages have {prompt_tokens} tokens{more}")
+        fills = isinstance(body, OpenAIRequest)
+        return min(wanted or (room if fills else self.settings.max_new_tokens), room)
 
     def too_long(self, what: str) -> HTTPException:
-        """LiteLLM and LangChain recognise the first words and the code, in the text."""
+        """The 400 for a conversation that does not fit. LiteLLM and LangChain look for
+        its first words and its code in the message."""
         limit = f"This model's maximum context length is {self.max_model_len} tokens"
         code = "context_length_exceeded"
         return ClientError(f"{limit}, but {what} ({code})", "messages", code)
@@ -1039,20 +1050,10 @@ def answer_length(state: Any) -> int:
 
 
 def answer_of(state: Any) -> list[int]:
-    """The tokens that the library knows of it: after a preemption, some of them stand
-    behind the prompt."""
+    """Token ids of the answer that the library has by now. After a preemption it keeps
+    some of them behind the prompt, in initial_tokens."""
     prompt = state._true_initial_tokens or len(state.initial_tokens)
     return state.initial_tokens[prompt:] + state.generated_tokens
-
-
-def takes_likeliest(state: Any) -> bool:
-    sampling = sampling_of(state)
-    if sampling is None:
-        return True
-    body = sampling.body
-    ends_early = answer_length(state) < (body.min_tokens or 0)
-    looks = sampling.looks_back or sampling.temperature or body.logit_bias
-    return not (looks or ends_early)
 
 
 class Scheduler(batching.FIFOScheduler):
@@ -1068,7 +1069,7 @@ class Scheduler(batching.FIFOScheduler):
         return cancelled
 
     def _infer_request_tokens(self, state: Any, leaving: set[str]) -> list[int]:
-        """This is where the library looks into the prefix cache."""
+        """Counts what comes from the prefix cache, which the library looks into here."""
         before = state.position_offset
         tokens = super()._infer_request_tokens(state, leaving)
         if not state._true_initial_tokens and state.logit_processor_kwargs:
@@ -1081,13 +1082,13 @@ batching.scheduler.SCHEDULER_MAPPING["phi4"] = Scheduler
 
 
 class Runner(batching.model_runner.ModelRunner):
-    """Chooses as Sampling wants it. The library takes the likeliest token of every row;
+    """Chooses each request's tokens as its Sampling says. The library takes the likeliest token of every row;
     rows that want another choose again afterwards, outside of the CUDA graph, so that
     the others do not pay for it. (`per_request_processors` of the library know neither
     seeds nor greedy beside sampled requests.)
 
-    On a GPU the next step is launched before this one's tokens are on the host. Rows
-    that look back at them wait while the GPU computes the logits of the next."""
+    On a GPU the next step is launched before this one's tokens are on the host. If a row
+    looks back at them, the host waits while the GPU computes the next logits."""
 
     logits: Tensor | None = None  # (max_running, vocabulary), of the step's rows
     executor = LLExecutor()  # threads that compute the masks of grammars
@@ -1107,7 +1108,11 @@ class Runner(batching.model_runner.ModelRunner):
         pairs = getattr(ios, "io_pairs", None)
         host = pairs[ios.current_pair].host_io if pairs else ios
         states = [each.state for each in host.requests_in_batch if each.has_new_token]
-        chosen = {i: s for i, s in enumerate(states) if not takes_likeliest(s)}
+        chosen = {}
+        for row, state in enumerate(states):
+            sampling = sampling_of(state)
+            if sampling and not sampling.takes_likeliest:
+                chosen[row] = state
         if chosen:
             late = self.late_tokens(chosen)
             with batching.utils.stream_context(ios.compute_stream):
@@ -1163,14 +1168,15 @@ class Runner(batching.model_runner.ModelRunner):
         return rows, sample(logits, noise, *options)
 
     def edit(self, logits: Tensor, state: Any, answer: list[int]) -> None:
-        """Penalties, bias and min_tokens, in a row of logits: (vocabulary,)."""
+        """Apply penalties, bias and min_tokens to a row of logits, (vocabulary,), in
+        place; `answer` has its token ids so far."""
         body = sampling_of(state).body
         factor = body.repetition_penalty or 1
         if factor != 1:
             seen = self.upload([*{*state.initial_tokens, *answer}])
             found = logits[seen]
             logits[seen] = torch.where(found > 0, found / factor, found * factor)
-        added = Counts(body.logit_bias or {})
+        added = Counts(body.logit_bias or {})  # token id: what its logit gets
         presence, frequency = body.presence_penalty or 0, body.frequency_penalty or 0
         if presence or frequency:
             for token, count in Counts(answer).items():
@@ -1187,7 +1193,7 @@ class Runner(batching.model_runner.ModelRunner):
         fill = llguidance.numpy.fill_next_token_bitmask_par
         fill(self.executor, matchers, mask)
         for sampling in constrained.values():
-            # It allows nothing but the end of the answer, then.
+            # A matcher that has failed allows only the end of the answer.
             sampling.error = model_download.error_of(sampling.matcher)
         allowed = self.upload(mask.view("uint8"))
         bits = torch.arange(8, dtype=torch.uint8, device=logits.device)

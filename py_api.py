@@ -162,7 +162,7 @@ if __name__ == "__main__":
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -177,8 +177,8 @@ if TYPE_CHECKING:
 
 
 class ClientError(HTTPException):
-    """With what OpenAI's errors have besides a message. The exception of a validator
-    that is no ValueError goes past pydantic."""
+    """An error with a param and a code, as OpenAI's have. It is no ValueError, so that a
+    validator may raise it and pydantic does not catch it."""
 
     def __init__(
         self, detail: str, param: str, code: str = "invalid_value", status: int = 400
@@ -249,7 +249,8 @@ class SamplingFields(Strict):
     """Makes a sampled answer repeatable."""
 
     def structured_from(self) -> str | None:
-        """The text from which on an answer follows its grammar; None: never."""
+        """The mark from which on the answer follows a grammar: "" is its beginning.
+        None: it follows none."""
         return None
 
     def grammar_of_answer(self) -> str | None:
@@ -321,7 +322,7 @@ class ChatRequest(SamplingFields, json_schema_extra=CHAT_EXAMPLE):
 # A grammar holds an answer to a JSON schema, or from the mark of a call on to the
 # function's name and schema.
 
-CALL_MARK = "<tool_call>"
+CALL_MARK, MAX_CALLS = "<tool_call>", 16
 CALL, END_CALL = CALL_MARK + '{"name": "%s", "arguments": ', "}</tool_call>"
 CALL_HEAD = re.compile(CALL % '([^"]+)')
 MARKS = re.compile("<(?=/?tool_(call|response))")
@@ -358,7 +359,8 @@ def _end_of_json(text: str, start: int) -> int:
     try:  # integers of any length
         return json.JSONDecoder(parse_int=str).raw_decode(text, start)[1]
     except RecursionError:
-        return text.rfind(END_CALL, start) % (len(text) + 1)
+        end = text.rfind(END_CALL, start)
+        return len(text) if end < 0 else end
     except ValueError:
         return len(text)
 
@@ -378,7 +380,7 @@ def split_calls(text: str) -> tuple[str, list[dict[str, str]]]:
 
 def answer_grammar(
     schema: dict[str, Any] | None,
-    functions: Iterable[Any],
+    functions: Sequence[Any],
     must_call: bool = False,
     parallel: bool = True,
 ) -> str | None:
@@ -389,16 +391,14 @@ def answer_grammar(
     answer = "TEXT" if schema is None else _json_rule(schema)
     if not functions:
         return None if schema is None else f"start: {answer}"
-    more = f'("\\n{CALL_MARK}" body){{0,15}}' if parallel else ""
-    start, mark = f"{answer} | mark body {more}", "mark"
-    if must_call:
-        start = f"mark body {more}"
-    elif schema is None:  # text may stand before a call
-        mark = "mark[lazy]"
-    before = "TEXT " if mark != "mark" else ""
+    more = f' ("\\n{CALL_MARK}" body){{0,{MAX_CALLS - 1}}}' if parallel else ""
+    start = f"mark body{more}" if must_call else f"{answer} | mark body{more}"
+    # Text may stand before a call, unless the answer must be a call or JSON.
+    after_text = schema is None and not must_call
+    mark = f'mark[lazy]: TEXT "{CALL_MARK}"' if after_text else f'mark: "{CALL_MARK}"'
     bodies = " | ".join(map(_call_rule, functions))
     return f"""start: {start}
-{mark}: {before}"{CALL_MARK}"
+{mark}
 body: ({bodies}) "{END_CALL}"
 TEXT: /(.|\\n)*/"""
 
@@ -407,8 +407,12 @@ TEXT: /(.|\\n)*/"""
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6")
 FORMATS += ("uuid", "uri")
 LOOK_AROUND = re.compile(r"\(\?<?[=!]")
-# What llguidance would need seconds and hundreds of MB for, whatever its limits.
-MAX_SCHEMA, MAX_MULTIPLE, MAX_PATTERNS = 262_144, 20_000, 100
+DATA = ("const", "enum", "default", "examples")
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+# llguidance's own limits do not stop more than this, which could take minutes and
+# hundreds of MB.
+MAX_SCHEMA, MAX_MULTIPLE = 262_144, 20_000
+MAX_PATTERNS, MAX_PATTERN_PLACES = 100, 8
 
 
 def _prepared(schema: Any, lenient: bool) -> Any:
@@ -418,23 +422,33 @@ def _prepared(schema: Any, lenient: bool) -> Any:
         return [_prepared(each, lenient) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {key: _prepared(value, lenient) for key, value in schema.items()}
+    kept = {}
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):  # its keys are names
+            kept[key] = {name: _prepared(each, lenient) for name, each in value.items()}
+        else:
+            kept[key] = value if key in DATA else _prepared(value, lenient)
     name, pattern = schema.get("format"), schema.get("pattern")
     if isinstance(name, str) and name not in FORMATS:
         del kept["format"]
     if lenient and isinstance(pattern, str) and LOOK_AROUND.search(pattern):
         del kept["pattern"]
-    if len(schema.get("patternProperties") or ()) > MAX_PATTERNS:
-        raise ValueError(f"over {MAX_PATTERNS} patternProperties")
+    patterns = schema.get("patternProperties")
+    if isinstance(patterns, dict) and len(patterns) > MAX_PATTERNS:
+        raise ValueError(f"over {MAX_PATTERNS} patternProperties in one place")
+    _check_bounds(schema)
+    return kept
+
+
+def _check_bounds(schema: dict[str, Any]) -> None:
+    """Raises ValueError for bounds that llguidance 1.9.1 may let through themselves."""
     low = schema.get("exclusiveMinimum", schema.get("minimum"))
     high = schema.get("exclusiveMaximum", schema.get("maximum"))
     exclusive = schema.keys() & {"exclusiveMinimum", "exclusiveMaximum"}
     numbers = all(isinstance(each, int | float) for each in (low, high))
     close = bool(exclusive) and numbers and high - low < 1
-    # llguidance 1.9.1 lets some of such bounds through themselves.
     if close and schema.get("type") != "integer":
         raise ValueError("exclusive bounds less than 1 apart are not supported")
-    return kept
 
 
 def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
@@ -445,9 +459,13 @@ def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     text = json.dumps(_prepared(schema, lenient) | {"x-guidance": options})
     multiples = re.findall(r'"multipleOf": ([\d.e+-]+)', text)
     multiple = math.lcm(*(Fraction(each).numerator for each in multiples))
-    patterns = text.count('"patternProperties"')
-    if len(text) > MAX_SCHEMA or multiple > MAX_MULTIPLE or patterns > 8:
-        raise ValueError("it is too large, or has too large a multipleOf")
+    if len(text) > MAX_SCHEMA:
+        raise ValueError(f"it has over {MAX_SCHEMA} characters")
+    if multiple > MAX_MULTIPLE:
+        why = f"the least common multiple of its multipleOf is over {MAX_MULTIPLE}"
+        raise ValueError(why)
+    if text.count('"patternProperties"') > MAX_PATTERN_PLACES:
+        raise ValueError(f"patternProperties in over {MAX_PATTERN_PLACES} places")
     return f"%json {text}"
 
 
@@ -486,7 +504,10 @@ NEUTRAL |= {"web_search_options": None, "prompt_logprobs": None}
 def refuse(value: Any, info: pydantic.ValidationInfo) -> None:
     """Raises an error for a value that has an effect."""
     name = info.field_name
-    if value not in (None, NEUTRAL[name]) if name in NEUTRAL else value:
+    has_effect = bool(value)
+    if name in NEUTRAL:
+        has_effect = value not in (None, NEUTRAL[name])
+    if has_effect:
         raise PydanticCustomError("unsupported_parameter", "is not supported")
 
 
@@ -661,7 +682,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     def go_together(self) -> Self:
         """Raises a 400 for fields that do not."""
         if self.must_call() and not self.offered():
-            why = "tool_choice names no function that is in tools"
+            why = "tool_choice asks for a function, and tools has none that fits"
             raise ClientError(why, "tool_choice")
         structured = self.structured_from() is not None
         if structured and (self.ignore_eos or self.min_tokens):
@@ -684,7 +705,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         return choice is not None and choice.type in ("required", "function")
 
     def offered(self) -> list[Function]:
-        """Those that the answer may call."""
+        """The functions that the answer may call."""
         functions, choice = (
             [tool.function for tool in self.tools or []],
             self.tool_choice,

@@ -83,7 +83,7 @@ def test_every_block_has_a_test() -> None:
         assert any(command.startswith(known) for command in COMMANDS), known
     # The other blocks, which the tests below find by what is in them.
     others = sorted({(kind, text) for kind, text in BLOCKS if kind != "bash"})
-    kinds = ["ini", "json", "nginx", "python", "python", "python", "text"]
+    kinds = ["ini", "json", "nginx", *["python"] * 4, "text"]
     assert [kind for kind, _ in others] == kinds
 
 
@@ -180,6 +180,13 @@ def test_the_openai_client_in_five_lines(demo: str) -> None:
     code = one_with("python", "from openai")
     assert len([line for line in code.splitlines() if line]) <= 6
     assert code.endswith("# " + python(code, demo))
+
+
+@pytest.mark.demo
+def test_an_object_of_a_class(demo: str) -> None:
+    code = one_with("python", "class City")
+    before = one_with("python", "from openai")
+    assert code.endswith("# " + python(f"{before}\n{code}", demo).splitlines()[-1])
 
 
 @pytest.mark.demo
