@@ -432,7 +432,7 @@ def test_the_ends_of_the_ranges_and_null_are_accepted(server):
         {"temperature": 1, "top_p": 0, "top_k": -1, "min_p": 1},
         {"presence_penalty": 2, "frequency_penalty": -2, "repetition_penalty": 10},
         {"logit_bias": {"5": 100, "6": -100}, "min_tokens": 0, "ignore_eos": False},
-        {"logit_bias": {}, "min_p": 0, "repetition_penalty": 1e-9},
+        {"logit_bias": {}, "min_p": 0, "repetition_penalty": 0.01},
         dict.fromkeys(
             [
                 "temperature",

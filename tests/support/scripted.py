@@ -70,4 +70,5 @@ def prefer(monkeypatch: Any, served: Running, text: bytes) -> None:
         EDIT(runner, logits, state, answer)
 
     monkeypatch.setattr(api.Runner, "edit", edit_preferred)
-    monkeypatch.setattr(api, "takes_likeliest", lambda state: False)
+    never = property(lambda sampling: False, lambda sampling, value: None)
+    monkeypatch.setattr(api.Sampling, "takes_likeliest", never, raising=False)
