@@ -96,6 +96,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import model_download
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
+    CALL_MARK,
     ChatCompletion,
     ChatRequest,
     ChatResponse,
@@ -191,7 +192,8 @@ class Generation:
         created = int(time.time())
         self.openai_fields = {"id": self.id, "created": created, "model": model}
         self.stop_strings, self.structured_from = stop or [], structured_from
-        self.watched = [each for each in (*self.stop_strings, structured_from) if each]
+        mark = [CALL_MARK] if structured_from is not None else []
+        self.watched = self.stop_strings + mark
         self.longest = max(map(len, self.watched), default=0)
         self.prompt_tokens = self.completion_tokens = 0
         self.text = ""
@@ -461,7 +463,7 @@ class Engine:
         try:
             async with asyncio.timeout(COMPILE_SECONDS):
                 return await generation.in_thread(self.compiler, compile_grammar)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise schema_error(generation, str(error)) from error
         except TimeoutError as error:
             if not begun:

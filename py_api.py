@@ -446,7 +446,7 @@ def _check_bounds(schema: dict[str, Any]) -> None:
     high = schema.get("exclusiveMaximum", schema.get("maximum"))
     exclusive = schema.keys() & {"exclusiveMinimum", "exclusiveMaximum"}
     numbers = all(isinstance(each, int | float) for each in (low, high))
-    close = bool(exclusive) and numbers and high - low < 1
+    close = bool(exclusive) and numbers and high < low + 1
     if close and schema.get("type") != "integer":
         raise ValueError("exclusive bounds less than 1 apart are not supported")
 
@@ -457,13 +457,14 @@ def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     options = {"whitespace_flexible": False, "lenient": lenient}
     options |= {"item_separator": ", ", "key_separator": ": "}
     text = json.dumps(_prepared(schema, lenient) | {"x-guidance": options})
-    multiples = re.findall(r'"multipleOf": ([\d.e+-]+)', text)
-    multiple = math.lcm(*(Fraction(each).numerator for each in multiples))
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"it has over {MAX_SCHEMA} characters")
-    if multiple > MAX_MULTIPLE:
-        why = f"the least common multiple of its multipleOf is over {MAX_MULTIPLE}"
-        raise ValueError(why)
+    multiple = 1
+    for each in set(re.findall(r'"multipleOf": ([\d.e+-]{1,40})', text)):
+        multiple = math.lcm(multiple, Fraction(each).numerator)
+        if multiple > MAX_MULTIPLE:
+            why = f"the least common multiple of its multipleOf is over {MAX_MULTIPLE}"
+            raise ValueError(why)
     if text.count('"patternProperties"') > MAX_PATTERN_PLACES:
         raise ValueError(f"patternProperties in over {MAX_PATTERN_PLACES} places")
     return f"%json {text}"
@@ -789,7 +790,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
             yield chunk({"role": "assistant", "content": content})
         if delta := text[len(before) :]:
             yield chunk({"content": delta})
-        for call, old in zip_longest(calls, known):
+        for call, old in zip_longest(calls, known[: len(calls)]):
             if not old:
                 yield chunk({"tool_calls": [call]})
                 continue

@@ -894,6 +894,13 @@ TOO_MUCH = {
         | {"a2000": INTEGER},
         "$ref": "#/$defs/a0",
     },
+    "large multiples": {"anyOf": [{"multipleOf": 3**180 + 2 * n} for n in range(1500)]},
+    "a number of patterns": {"type": "object", "patternProperties": 5},
+    "a bound no float has": {
+        "type": "number",
+        "minimum": 0.5,
+        "exclusiveMaximum": 10**400,
+    },
     "nothing between": {
         "type": "number",
         "exclusiveMinimum": 0,
@@ -932,6 +939,17 @@ def test_a_grammar_that_is_compiled_too_long_is_given_up(
         assert said(served.post(**asked(2, SMALL)))[1] == "stop"
     finally:
         go_on.set()
+
+
+@pytest.mark.parametrize(
+    "value", [{"format": "phone", "a": 1}, {"minimum": 1, "exclusiveMaximum": 1.5}]
+)
+def test_what_looks_like_a_schema_may_be_a_value(served: Running, value: Any) -> None:
+    text, reason = said(served.post(**asked(2, {"const": value})))
+    assert reason == "stop" and json.loads(text) == value
+    named = {"patternProperties": {"type": "boolean"}, "format": {"enum": ["x"]}}
+    text, reason = said(served.post(**asked(2, closed(**named))))
+    assert reason == "stop" and json.loads(text)["format"] == "x"
 
 
 def test_an_unknown_format_is_a_remark(served: Running) -> None:

@@ -439,3 +439,21 @@ def test_the_arguments_come_as_they_are_written(counting, write):
 
 def ask_late(served: Running) -> requests.Response:
     return served.stream(path=PATH, messages=HELLO, tools=TOOLS)
+
+
+def test_a_mark_is_no_content_where_json_was_asked_for_too(
+    server: Running,
+) -> None:
+    schema = {"type": "object", "properties": {"z": {"type": "boolean"}}}
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "required",
+        "stream": True,
+    }
+    response = server.post(path="/v1/chat/completions", **body)
+    found = [json.loads(data) for _, data in net.events(response) if data[0] == "{"]
+    deltas = [chunk["choices"][0]["delta"] for chunk in found]
+    assert not any(delta.get("content") for delta in deltas)
+    assert any(delta.get("tool_calls") for delta in deltas)
