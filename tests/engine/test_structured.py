@@ -201,7 +201,7 @@ FORMATS = jsonschema.FormatChecker(("date", "ipv4", "uuid"))
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_finished_answer_validates(served: Running, name: str) -> None:
     schema = SCHEMAS[name]
-    bodies = [asked(number, schema, max_tokens=160) for number in range(3)]
+    bodies = [asked(number, schema, max_tokens=160) for number in range(7)]
     bodies.append(asked(7, schema, max_tokens=160, temperature=2))
     futures = [served.submit(**body) for body in bodies]
     whole = [text for text, why in (said(f.result()) for f in futures) if why == "stop"]
