@@ -17,7 +17,7 @@ Routes
     GET  /docs, /openapi.json   a page to try it on, and the schema behind it
 POST /, /v1/... and /metrics need the API key, where one is set.
 
-Limits (all are settings)
+Limits (settings, where it does not say otherwise)
     128 requests run at once on a GPU and 256 more wait; the next one gets a 503.
     A body has at most 1 MiB and 30 seconds; a request has 300 seconds. (Not settings:
     the head of a request has 10 seconds and 16 KiB; there are 2,000 connections.)
@@ -561,9 +561,7 @@ JSON = "application/json"
 # OpenAI's codes, by status or by pydantic's type of error.
 CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
 CODES |= {"unsupported_parameter": "unsupported_parameter"}
-NOT_FOUND = (
-    "No such address. POST / takes a prompt. For the OpenAI API the base URL ends"
-)
+NOT_FOUND = "No such address. POST / takes a prompt. For OpenAI's API the base URL ends"
 NOT_FOUND += " with /v1: POST /v1/chat/completions, GET /v1/models. /docs shows all."
 MESSAGES = {"too_long": "has more than {max_length} entries", "too_short": "is empty"}
 MESSAGES |= dict.fromkeys(("model_type", "model_attributes_type"), "is no object")
@@ -575,10 +573,8 @@ async def error_response(request: Request, error: Any) -> Response:
     openai = path == "/v1" or path.startswith("/v1/")
     status = getattr(error, "status_code", 500)
     detail = message = getattr(error, "detail", "internal error: see the server's log")
-    param, code = (
-        getattr(error, "param", None),
-        getattr(error, "code", CODES.get(status)),
-    )
+    param = getattr(error, "param", None)
+    code = getattr(error, "code", CODES.get(status))
     if detail == "Not Found":
         detail = message = NOT_FOUND
     request.state.why = detail  # for the log
@@ -1074,9 +1070,9 @@ class Scheduler(batching.FIFOScheduler):
         """Counts what comes from the prefix cache, which the library looks into here."""
         before = state.position_offset
         tokens = super()._infer_request_tokens(state, leaving)
-        if not state._true_initial_tokens and state.logit_processor_kwargs:
-            found = state.position_offset - before
-            state.logit_processor_kwargs["sampling"].cached_tokens += found
+        sampling = sampling_of(state)
+        if sampling and not state._true_initial_tokens:  # not after a preemption
+            sampling.cached_tokens += state.position_offset - before
         return tokens
 
 
@@ -1084,10 +1080,10 @@ batching.scheduler.SCHEDULER_MAPPING["phi4"] = Scheduler
 
 
 class Runner(batching.model_runner.ModelRunner):
-    """Chooses each request's tokens as its Sampling says. The library takes the likeliest token of every row;
-    rows that want another choose again afterwards, outside of the CUDA graph, so that
-    the others do not pay for it. (`per_request_processors` of the library know neither
-    seeds nor greedy beside sampled requests.)
+    """Chooses each request's tokens as its Sampling says. The library takes the likeliest
+    token of every row; rows that want another choose again afterwards, outside of the
+    CUDA graph, so that the others do not pay for it. (`per_request_processors` of the
+    library know neither seeds nor greedy beside sampled requests.)
 
     On a GPU the next step is launched before this one's tokens are on the host. If a row
     looks back at them, the host waits while the GPU computes the next logits."""

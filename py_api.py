@@ -324,6 +324,7 @@ class ChatRequest(SamplingFields, json_schema_extra=CHAT_EXAMPLE):
 
 CALL_MARK, MAX_CALLS = "<tool_call>", 16
 CALL, END_CALL = CALL_MARK + '{"name": "%s", "arguments": ', "}</tool_call>"
+ENDS_OF_CALL = tuple(END_CALL[:length] for length in range(1, len(END_CALL)))
 CALL_HEAD = re.compile(CALL % '([^"]+)')
 MARKS = re.compile("<(?=/?tool_(call|response))")
 FUNCTIONS = """You can call functions. Each of these lines describes one, as JSON:
@@ -353,8 +354,7 @@ def show_calls(calls: Iterable[Any]) -> str:
 
 def _end_of_json(text: str, start: int) -> int:
     """Where the object that starts there ends; the end of the text if it goes on."""
-    tails = [END_CALL[:length] for length in range(1, len(END_CALL))]
-    if text.find(END_CALL, start) < 0 and not text.endswith(tuple(tails)):
+    if text.find(END_CALL, start) < 0 and not text.endswith(ENDS_OF_CALL):
         return len(text)  # cheap, for this is asked at every token
     try:  # integers of any length
         return json.JSONDecoder(parse_int=str).raw_decode(text, start)[1]
@@ -527,6 +527,16 @@ class TextPart(Strict, extra="ignore"):
 OPTIONAL: Any = Field(None, validate_default=True)  # looked at where it is missing, too
 
 
+def goes_with_type(given: Any, info: pydantic.ValidationInfo) -> Any:
+    """Raises an error if the type has the name of this field, and the field is not given."""
+    if given is None and info.data.get("type") == info.field_name:
+        raise PydanticCustomError("missing", "is missing")
+    return given
+
+
+GOES_WITH_TYPE = AfterValidator(goes_with_type)
+
+
 def as_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
@@ -556,14 +566,7 @@ class Tool(Strict, extra="ignore"):
 
 class ToolChoice(Strict, extra="ignore"):
     type: Literal["none", "auto", "required", "function"]
-    function: Function | None = OPTIONAL
-
-    @pydantic.field_validator("function")
-    @classmethod
-    def goes_with_its_type(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
-        if given is None and info.data.get("type") == "function":
-            raise PydanticCustomError("missing", "is missing")
-        return given
+    function: Annotated[Function | None, GOES_WITH_TYPE] = OPTIONAL
 
 
 AS_CHOICE = BeforeValidator(
@@ -605,14 +608,7 @@ class NamedSchema(Strict, extra="ignore"):
 
 class ResponseFormat(Strict, extra="ignore"):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = OPTIONAL
-
-    @pydantic.field_validator("json_schema")
-    @classmethod
-    def goes_with_its_type(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
-        if given is None and info.data.get("type") == "json_schema":
-            raise PydanticCustomError("missing", "is missing")
-        return given
+    json_schema: Annotated[NamedSchema | None, GOES_WITH_TYPE] = OPTIONAL
 
 
 refused: Any = dict.fromkeys(REFUSED.split(), (Refused, None))
@@ -687,9 +683,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
             raise ClientError(why, "tool_choice")
         structured = self.structured_from() is not None
         if structured and (self.ignore_eos or self.min_tokens):
-            why = (
-                "structured answers end by themselves, without ignore_eos or min_tokens"
-            )
+            why = "a schema or tools go without ignore_eos and min_tokens"
             raise ClientError(why, "ignore_eos" if self.ignore_eos else "min_tokens")
         return self
 
@@ -707,10 +701,8 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
 
     def offered(self) -> list[Function]:
         """The functions that the answer may call."""
-        functions, choice = (
-            [tool.function for tool in self.tools or []],
-            self.tool_choice,
-        )
+        functions = [tool.function for tool in self.tools or []]
+        choice = self.tool_choice
         if choice and choice.function:
             return [each for each in functions if each.name == choice.function.name]
         return [] if choice and choice.type == "none" else functions
@@ -722,9 +714,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
 
     def grammar_of_answer(self) -> str | None:
         parallel = self.parallel_tool_calls
-        if (
-            parallel is None
-        ):  # weak models do not stop by themselves where they must call
+        if parallel is None:  # a weak model that must call does not stop by itself
             parallel = not self.must_call()
         options = self.must_call(), parallel
         return answer_grammar(self.schema_of_answer(), self.offered(), *options)
@@ -746,14 +736,15 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         self, generation: "Generation", end: int | None = None
     ) -> tuple[str, list[dict[str, Any]]]:
         """The text of an answer and the calls in it, of its first `end` characters."""
-        text, calls = generation.text[:end], []
-        if self.offered():
-            text, calls = split_calls(text)
-        ids = f"call_{generation.id[-24:]}"
-        return text, [
-            {"index": i, "id": f"{ids}{i}", "type": "function", "function": call}
-            for i, call in enumerate(calls)
-        ]
+        text = generation.text[:end]
+        if not self.offered():
+            return text, []
+        text, calls = split_calls(text)
+        first = {"index": 0, "id": "", "type": "function"}
+        parts = [first | {"function": call} for call in calls]
+        for index, part in enumerate(parts):
+            part |= {"index": index, "id": f"call_{generation.id[-24:]}{index}"}
+        return text, parts
 
     def finish_reason(self, generation: "Generation") -> FinishReason | None:
         reason = generation.finish_reason
@@ -794,9 +785,8 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
             if not old:
                 yield chunk({"tool_calls": [call]})
                 continue
-            new = call["function"]["arguments"].removeprefix(
-                old["function"]["arguments"]
-            )
+            arguments = call["function"]["arguments"]
+            new = arguments.removeprefix(old["function"]["arguments"])
             if new:
                 part = {"index": call["index"], "function": {"arguments": new}}
                 yield chunk({"tool_calls": [part]})

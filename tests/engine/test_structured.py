@@ -114,13 +114,17 @@ def one_by_one(served: Running, bodies: list[dict]) -> list[tuple[str, str]]:
 
 def together(served: Running, bodies: list[dict]) -> list[tuple[str, str]]:
     """The answers to requests that are in the same forward passes."""
+    return [said(each) for each in responses_together(served, bodies)]
+
+
+def responses_together(served: Running, bodies: list[dict]) -> list[requests.Response]:
     with served.gate as gate:
         gate.close()
         futures = []
         for body in bodies:
             futures.append(served.submit(**body))
             served.wait_pending(len(futures))
-    return [said(each.result()) for each in futures]
+    return [each.result() for each in futures]
 
 
 def right(text: str, schema: Any) -> bool:
@@ -656,13 +660,8 @@ def engine_tokens(served: Running, bodies: list[dict[str, Any]]) -> list[list[in
     names: list[str] = []
 
     def ask() -> None:
-        with served.gate as gate:
-            gate.close()
-            futures = []
-            for body in bodies:
-                futures.append(served.submit(**body))
-                served.wait_pending(len(futures))
-        names.extend(each.result().json()["id"] for each in futures)
+        answers = responses_together(served, bodies)
+        names.extend(answer.json()["id"] for answer in answers)
 
     seen = tokens_of(served, ask)
     return [seen[name] for name in names]
@@ -954,6 +953,17 @@ def test_what_looks_like_a_schema_may_be_a_value(served: Running, value: Any) ->
     named = {"patternProperties": {"type": "boolean"}, "format": {"enum": ["x"]}}
     text, reason = said(served.post(**asked(2, closed(**named))))
     assert reason == "stop" and json.loads(text)["format"] == "x"
+
+
+def test_under_torchrun_it_is_refused_with_a_reason(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process would need a grammar of its own."""
+    monkeypatch.setattr(api, "WORLD_SIZE", 2)
+    refused = served.post(**asked(2, SMALL))
+    assert refused.status_code == 400
+    assert "torchrun" in refused.json()["error"]["message"]
+    assert said(served.post(**asked(2, max_tokens=4)))[1] == "length"
 
 
 def test_an_unknown_format_is_a_remark(served: Running) -> None:
