@@ -96,7 +96,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import model_download
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
-    CALL_MARK,
     ChatCompletion,
     ChatRequest,
     ChatResponse,
@@ -107,6 +106,7 @@ from py_api import (
     OpenAIRequest,
     SamplingFields,
     Turn,
+    schema_error,
     sse,
 )
 
@@ -121,12 +121,6 @@ AnyChatRequest = ChatRequest | OpenAIRequest
 # ------------------------------------------------------------------------------
 # Engine: from a request to its text
 # ------------------------------------------------------------------------------
-
-
-def schema_error(generation: "Generation", why: str) -> HTTPException:
-    """The schema of an answer or of a function cannot be used."""
-    param = "tools" if generation.structured_from else "response_format"
-    return ClientError(f"{param}: the JSON schema cannot be used: {why}", param)
 
 
 def unavailable(detail: str) -> HTTPException:
@@ -176,28 +170,29 @@ class Generation:
     """One request from its admission to its last token: the engine feeds tokens in, and
     every route formats the text that comes out.
 
-    The text never ends inside a character, inside a stop string or inside the mark
-    `structured_from`, with which a part begins that follows a grammar. Bytes that cannot
-    be UTF-8 become U+FFFD, as in `tokenizer.decode`; a character that is cut off by
-    the end of the answer is left out.
+    The text never ends inside a character, inside a stop string or inside `mark`, with
+    which a call begins. Bytes that cannot be UTF-8 become U+FFFD, as in
+    `tokenizer.decode`; a character that is cut off by the end of the answer is left out.
     """
 
     sampling: Sampling  # once it is tokenised
 
     def __init__(
-        self, model: str, stop: list[str] | None, structured_from: str | None = None
+        self,
+        model: str,
+        stop: list[str] | None,
+        is_json: bool = False,
+        mark: str | None = None,
     ) -> None:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         # OpenAI's response and each of its chunks begin with these.
         created = int(time.time())
         self.openai_fields = {"id": self.id, "created": created, "model": model}
-        self.stop_strings, self.structured_from = stop or [], structured_from
-        mark = [CALL_MARK] if structured_from is not None else []
-        self.watched = self.stop_strings + mark
-        self.longest = max(map(len, self.watched), default=0)
+        self.stop_strings, self.is_json, self.mark = stop or [], is_json, mark
+        self.in_call = False  # from the mark on
         self.prompt_tokens = self.completion_tokens = 0
         self.text = ""
-        self.held = ""  # the end of the text with which a watched string may begin
+        self.held = ""  # the end of the text, with which a stop or a mark may begin
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -228,33 +223,38 @@ class Generation:
         if token is None:
             return self.finish("stop")
         text = self.held + self.decoder.decode(token)
-        found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
-        if found:
-            shown, self.held = text[: min(found)], ""
-            mark = self.structured_from
-            # A stop string that cuts JSON or a call leaves it incomplete, as a limit does.
-            cut = mark is not None and mark in self.text + shown
-            self.finish_reason = "length" if cut else "stop"
-        else:
-            end = len(text) - self.length_to_hold(text)
-            shown, self.held = text[:end], text[end:]
-        self.text += shown
-        if shown:
+        end = self.find_stop(text[: len(text) - length_of_begun(text, [self.mark])])
+        self.held = ""
+        if end is not None:
+            # A stop string that cuts JSON leaves it incomplete, as a limit does.
+            self.finish_reason = "length" if self.is_json else "stop"
+        elif not self.in_call:
+            end = len(text) - length_of_begun(text, [*self.stop_strings, self.mark])
+            self.held = text[end:]
+        self.text += text[:end]
+        if text[:end]:
             self.changed.set()
 
-    def length_to_hold(self, text: str) -> int:
-        """Characters at the end of the text with which a watched string may begin."""
-        for length in range(min(len(text), self.longest - 1), 0, -1):
-            end = text[-length:]
-            if any(watched.startswith(end) for watched in self.watched):
-                return length
-        return 0
+    def find_stop(self, text: str) -> int | None:
+        """Where the first stop string begins in what follows the text. None is looked for
+        in calls and their mark: they are no text."""
+        if self.in_call:
+            return None
+        if self.mark:
+            text, mark, _ = text.partition(self.mark)
+            self.in_call = bool(mark)
+        found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
+        return min(found, default=None)
 
     def finish(self, reason: FinishReason) -> None:
-        """End the answer, if no stop string has; what was held belongs to it."""
+        """End the answer, if no stop string has. What was held belongs to it, but not the
+        beginning of a mark that a limit has cut."""
         if self.finish_reason is None:
             self.finish_reason = reason
-            self.text += self.held
+            end = len(self.held) - length_of_begun(self.held, [self.mark])
+            if reason == "stop":
+                end = self.find_stop(self.held)
+            self.text += self.held[:end]
 
     def usage(self) -> dict[str, Any]:
         """Token counts, as both routes give them."""
@@ -268,6 +268,16 @@ class Generation:
         return self.usage() | {"prompt_tokens_details": details}
 
 
+def length_of_begun(text: str, watched: list[str | None]) -> int:
+    """Characters at the end of the text with which one of these may begin."""
+    expected = [each for each in watched if each]
+    longest = max(map(len, expected), default=0)
+    for length in range(min(len(text), longest - 1), 0, -1):
+        if any(each.startswith(text[-length:]) for each in expected):
+            return length
+    return 0
+
+
 # A conversation of up to INLINE_CHARS is tokenised on the event loop: it takes a
 # millisecond or two, as long as handing it to a thread takes when many arrive at once
 # (2% of the throughput of 128 clients). Longer ones have a thread for each of three
@@ -275,7 +285,8 @@ class Generation:
 INLINE_CHARS, LONG_CHARS, TURN_CHARS = 2048, (4096, 32768), 50
 # Text has 1 to 5 characters to a token. What has more than this is refused unread.
 MAX_CHARS_PER_TOKEN = 16
-COMPILE_SECONDS = 15  # for a grammar; 0.3 is usual for the largest
+# Grammars that are compiled at once, and what one may take; 0.3 is usual for the largest.
+COMPILERS, COMPILE_SECONDS = 2, 15
 ENGINE_FAILED = "the engine failed and is restarting"
 MAX_FAILURES = 3  # of the engine, in a row, without an answer between them
 
@@ -296,6 +307,7 @@ class Engine:
         self.phase: Literal["loading", "serving", "draining"] = "loading"
         self.admitted: dict[str, Generation] = {}  # running or waiting, by id
         self.failures = 0
+        self.compiler_turns = asyncio.Semaphore(COMPILERS)
 
     @property
     def status(self) -> Literal["loading", "ok", "down", "draining"]:
@@ -326,7 +338,7 @@ class Engine:
         # Of every thread from here on: a long chain of $refs recurses deeply. It is
         # virtual memory, and costs nothing where it is not used.
         threading.stack_size(1 << 28)
-        self.compiler = ThreadPoolExecutor(2)  # of grammars
+        self.compiler = ThreadPoolExecutor(COMPILERS)  # of grammars
         logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
         attention = install_patches(device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -448,28 +460,25 @@ class Engine:
 
     async def compile(self, body: AnyChatRequest, generation: Generation) -> Any:
         """What holds an answer to its grammar, if it has one. Raises a 400."""
-        if generation.structured_from is None:
+        if not (generation.is_json or generation.mark):
             return None
         if WORLD_SIZE > 1:  # each process would need one of its own
-            raise schema_error(generation, "not under torchrun")
-
-        begun = []
-
-        def compile_grammar() -> Any:
-            begun.append(True)
-            grammar = body.grammar_of_answer()
-            return model_download.compile_grammar(self.ll_tokenizer, grammar)
-
+            raise schema_error(body.main_schema(), "not under torchrun")
         try:
             async with asyncio.timeout(COMPILE_SECONDS):
-                return await generation.in_thread(self.compiler, compile_grammar)
-        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            raise schema_error(generation, str(error)) from error
+                await self.compiler_turns.acquire()
         except TimeoutError as error:
-            if not begun:
-                raise unavailable("many schemas wait to be compiled") from error
-            self.compiler = ThreadPoolExecutor(2)  # a thread cannot be ended
-            raise schema_error(generation, "that takes too long") from error
+            raise unavailable("many schemas wait to be compiled") from error
+        try:
+            compile_grammar = partial(model_download.compile_grammar, self.ll_tokenizer)
+            work = partial(body.matcher, compile_grammar)
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await generation.in_thread(self.compiler, work)
+        except TimeoutError as error:
+            self.compiler = ThreadPoolExecutor(COMPILERS)  # a thread cannot be ended
+            raise schema_error(body.main_schema(), "that takes too long") from error
+        finally:
+            self.compiler_turns.release()
 
     async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
         """Token ids of a conversation. Raises a 400 for one that is far too long,
@@ -522,7 +531,8 @@ class Engine:
                 self.release(generation, unavailable(ENGINE_FAILED))
                 continue
             if why := generation.sampling.error:
-                self.release(generation, schema_error(generation, why))
+                param = generation.sampling.body.main_schema()
+                self.release(generation, schema_error(param, why))
                 continue
             generation.last_token = time.monotonic()
             generation.first_token = generation.first_token or generation.last_token
@@ -693,7 +703,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     """JSON, or a stream once its first text is there, or after PING_SECONDS; errors
     before that are plain."""
     engine: Engine = request.app.state.engine
-    generation = Generation(engine.name, body.stop, body.structured_from())
+    generation = Generation(engine.name, body.stop, body.is_json(), body.mark())
     logger.debug("%s is asked %r", generation.id, body)
     # RequestMiddleware ends both, however this request ends.
     request.state.generation = generation

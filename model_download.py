@@ -584,10 +584,35 @@ def compile_grammar(tokenizer: Any, grammar: str) -> Any:
     return matcher
 
 
+# What llguidance says in words of its own, and what it means to the author of a schema.
+MEANINGS = (
+    (r"Unimplemented keys: \[(.*)\]", r"\1 cannot be used"),
+    (r"oneOf .*coerce_one_of.*", "oneOf needs alternatives that exclude each other"),
+    (r'failed to parse "%json": .*', "not JSON: a lone surrogate, NaN or Infinity"),
+    (r"regex parse error: .*error: (.*)", r"a pattern or a limit: \1"),
+    (r"regex parse error: .*", "a pattern or a limit is too long"),
+    (r"lookarounds not supported.*", r"a pattern: look-around and \\b cannot be used"),
+    (r"Failed to generate regex for \w+ range.*", "bounds of numbers are too large"),
+    (r"Unsatisfiable schema: Regex is empty.*", "no text satisfies all of it"),
+    (r"Unsatisfiable schema: (.*)", r"nothing satisfies it: \1"),
+    (r"Unable to determine if regex is empty.*", "limits of a text are too complex"),
+    (r"NoExtensionBias", "nothing satisfies it: a $ref leads only to itself"),
+    (r"Pointer '(.*)' does not exist", r"a $ref leads to \1, which does not exist"),
+    (r"Resource '(.*)' is not present.*", r"a $ref leads out of the schema: \1"),
+    (r"Expected f64", "Expected a number"),
+    (r"(grammar size|initial lexer|lexer|parser|fuel) .*", "it is too complex"),
+    (r"DNF too large.*|Schema intersection stack.*", "it is too complex"),
+)
+
+
 def error_of(matcher: Any) -> str:
     """Why it is stuck, on one line and without the grammar; empty if it is not."""
     why = re.split(r"\n +\d+ \| |<non-verbose", matcher.get_error())[0]
-    return one_line(why.rpartition("JSON schema: ")[2])
+    why = one_line(why.rpartition("JSON schema: ")[2])
+    for words_of_library, meaning in MEANINGS:
+        if re.match(words_of_library, why):
+            return re.sub(words_of_library, meaning, why, count=1)
+    return why
 
 
 # ------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -185,6 +186,15 @@ class ClientError(HTTPException):
     ) -> None:
         super().__init__(status, detail)
         self.param, self.code = param, code
+
+
+# What compiling a schema raises for one that cannot be used.
+SCHEMA_ERRORS = (ValueError, TypeError, ArithmeticError, RecursionError)
+
+
+def schema_error(param: str, why: str) -> ClientError:
+    """The schema of an answer or of a function cannot be used."""
+    return ClientError(f"{param}: the JSON schema cannot be used: {why}", param)
 
 
 # JSON allows lone surrogates, UTF-8 does not. UnicodeEncodeError is a ValueError, so
@@ -248,13 +258,12 @@ class SamplingFields(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Makes a sampled answer repeatable."""
 
-    def structured_from(self) -> str | None:
-        """The mark from which on the answer follows a grammar: "" is its beginning.
-        None: it follows none."""
-        return None
+    def is_json(self) -> bool:
+        """Whether the answer follows a JSON schema, if it is no call."""
+        return False
 
-    def grammar_of_answer(self) -> str | None:
-        """What an answer has to be, in llguidance's Lark; None: any text."""
+    def mark(self) -> str | None:
+        """With which a call begins in the answer; None: it has no calls."""
         return None
 
     def finish_reason(self, generation: "Generation") -> FinishReason | None:
@@ -326,7 +335,8 @@ CALL_MARK, MAX_CALLS = "<tool_call>", 16
 CALL, END_CALL = CALL_MARK + '{"name": "%s", "arguments": ', "}</tool_call>"
 ENDS_OF_CALL = tuple(END_CALL[:length] for length in range(1, len(END_CALL)))
 CALL_HEAD = re.compile(CALL % '([^"]+)')
-MARKS = re.compile("<(?=/?tool_(call|response))")
+# Also what reads like a mark: in capitals, full width, or with something between.
+MARKS = re.compile(r"[<＜﹤‹〈](?=\W{0,4}tool[\W_]{0,4}(call|response))", re.IGNORECASE)
 FUNCTIONS = """You can call functions. Each of these lines describes one, as JSON:
 %s
 To call a function, write nothing but
@@ -347,22 +357,29 @@ def without_marks(text: str) -> str:
 
 
 def show_calls(calls: Iterable[Any]) -> str:
-    """Calls as the model has written them."""
-    shown = [CALL % each.name + (each.arguments or "{}") + END_CALL for each in calls]
+    """Calls as the model has written them, with no mark inside of the arguments."""
+    escaped = partial(MARKS.sub, lambda mark: f"\\u{ord(mark[0]):04x}")
+    shown = [
+        CALL % each.name + escaped(each.arguments or "{}") + END_CALL for each in calls
+    ]
     return "\n".join(shown)
+
+
+# A string of JSON, which may not have come to its end, or a bracket.
+JSON_PART = re.compile(r'"(?:[^"\\]|\\.)*"?|[{}\[\]]', re.DOTALL)
 
 
 def _end_of_json(text: str, start: int) -> int:
     """Where the object that starts there ends; the end of the text if it goes on."""
     if text.find(END_CALL, start) < 0 and not text.endswith(ENDS_OF_CALL):
         return len(text)  # cheap, for this is asked at every token
-    try:  # integers of any length
-        return json.JSONDecoder(parse_int=str).raw_decode(text, start)[1]
-    except RecursionError:
-        end = text.rfind(END_CALL, start)
-        return len(text) if end < 0 else end
-    except ValueError:
-        return len(text)
+    depth = 0
+    for part in JSON_PART.finditer(text, start):
+        depth += part[0] in "{["
+        depth -= part[0] in "}]"
+        if not depth:
+            return part.end()
+    return len(text)
 
 
 def split_calls(text: str) -> tuple[str, list[dict[str, str]]]:
@@ -413,11 +430,14 @@ NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 # hundreds of MB.
 MAX_SCHEMA, MAX_MULTIPLE = 262_144, 20_000
 MAX_PATTERNS, MAX_PATTERN_PLACES = 100, 8
+# It counts in floats: integers above EXACT lose digits, and -2**63 ends the process with
+# a stack overflow. LARGEST is the last float before 2**63.
+EXACT, LARGEST = 2**53, 2**63 - 1024
 
 
 def _prepared(schema: Any, lenient: bool) -> Any:
-    """As llguidance can have it: without unknown formats and, if lenient, without the
-    patterns that it does not know, such as zod's of an address. Raises ValueError."""
+    """As llguidance 1.9.1 can have it, so that what it lets through validates. Lenient
+    leaves out what it does not know. Raises ValueError."""
     if isinstance(schema, list):
         return [_prepared(each, lenient) for each in schema]
     if not isinstance(schema, dict):
@@ -428,20 +448,30 @@ def _prepared(schema: Any, lenient: bool) -> Any:
             kept[key] = {name: _prepared(each, lenient) for name, each in value.items()}
         else:
             kept[key] = value if key in DATA else _prepared(value, lenient)
-    name, pattern = schema.get("format"), schema.get("pattern")
-    if isinstance(name, str) and name not in FORMATS:
-        del kept["format"]
-    if lenient and isinstance(pattern, str) and LOOK_AROUND.search(pattern):
-        del kept["pattern"]
-    patterns = schema.get("patternProperties")
-    if isinstance(patterns, dict) and len(patterns) > MAX_PATTERNS:
-        raise ValueError(f"over {MAX_PATTERNS} patternProperties in one place")
-    _check_bounds(schema)
+    _prepare_text(kept, lenient)
+    _prepare_numbers(kept)
+    _prepare_object(kept, lenient)
     return kept
 
 
-def _check_bounds(schema: dict[str, Any]) -> None:
-    """Raises ValueError for bounds that llguidance 1.9.1 may let through themselves."""
+def _prepare_text(schema: dict[str, Any], lenient: bool) -> None:
+    """Leave out unknown formats and, if lenient, unknown patterns, such as zod's of an
+    address."""
+    name, pattern = schema.get("format"), schema.get("pattern")
+    if isinstance(name, str) and name not in FORMATS:
+        del schema["format"]
+    if lenient and isinstance(pattern, str) and LOOK_AROUND.search(pattern):
+        del schema["pattern"]
+
+
+def _prepare_numbers(schema: dict[str, Any]) -> None:
+    """Raises ValueError for numbers that llguidance would take for others."""
+    for keyword in ("const", "enum"):
+        if _has_inexact(schema.get(keyword)):
+            raise ValueError(f"integers beyond 2**53 in {keyword} are not supported")
+    for keyword in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+        if keyword in schema:
+            schema[keyword] = _inner_bound(schema[keyword], "inimum" in keyword)
     low = schema.get("exclusiveMinimum", schema.get("minimum"))
     high = schema.get("exclusiveMaximum", schema.get("maximum"))
     exclusive = schema.keys() & {"exclusiveMinimum", "exclusiveMaximum"}
@@ -449,6 +479,66 @@ def _check_bounds(schema: dict[str, Any]) -> None:
     close = bool(exclusive) and numbers and high < low + 1
     if close and schema.get("type") != "integer":
         raise ValueError("exclusive bounds less than 1 apart are not supported")
+
+
+def _has_inexact(data: Any) -> bool:
+    """Whether JSON has an integer that a float does not hold."""
+    if isinstance(data, dict):
+        return _has_inexact([*data.values()])
+    if isinstance(data, list):
+        return any(map(_has_inexact, data))
+    return isinstance(data, int) and abs(data) > EXACT
+
+
+def _inner_bound(bound: Any, is_minimum: bool) -> Any:
+    """The nearest bound that llguidance has exactly, so that no answer is outside."""
+    if not isinstance(bound, int | float) or not abs(bound) > EXACT:
+        return bound
+    near = max(-LARGEST, bound) if is_minimum else min(LARGEST, bound)
+    if abs(near) > LARGEST:
+        raise ValueError("bounds of numbers beyond 2**63 are not supported")
+    rounded = float(near)
+    if is_minimum and rounded < near:
+        rounded = math.nextafter(rounded, math.inf)
+    if not is_minimum and rounded > near:
+        rounded = math.nextafter(rounded, -math.inf)
+    return int(rounded)
+
+
+def _prepare_object(schema: dict[str, Any], lenient: bool) -> None:
+    """Keep keys apart. llguidance takes "\\u0061" for another key than "a" where it knows
+    only which names a key may not be, but not where a pattern says what it is. And it
+    counts a repeated key twice. Raises ValueError."""
+    names, patterns = schema.get("properties"), schema.get("patternProperties")
+    others = schema.get("additionalProperties", True)
+    if isinstance(patterns, dict):
+        if len(patterns) > MAX_PATTERNS:
+            raise ValueError(f"over {MAX_PATTERNS} patternProperties in one place")
+        schema["additionalProperties"] = False
+    elif isinstance(names, dict) and names and others is not False:
+        plain = others is True or others == {}
+        pattern = "" if plain else f"^{_all_but(names)}$"
+        schema["patternProperties"] = {pattern: {} if plain else others}
+        schema["additionalProperties"] = False
+    least, required = schema.get("minProperties"), schema.get("required")
+    if isinstance(least, int) and least > 1:
+        certain = len({*map(str, required)}) if isinstance(required, list) else 0
+        if least > certain and not lenient:
+            why = "minProperties is supported up to the number of required properties"
+            raise ValueError(why)
+        del schema["minProperties"]
+
+
+def _all_but(names: Iterable[str]) -> str:
+    """A regular expression of all texts but these."""
+    rests: dict[str, list[str]] = {}
+    for name in names:
+        rests.setdefault(name[:1], []).append(name[1:])
+    whole = rests.pop("", None)  # one of them ends here
+    other = f"[^{re.escape(''.join(rests))}]" if rests else "[\\s\\S]"
+    ways = [f"{other}[\\s\\S]*"]
+    ways += [re.escape(first) + _all_but(rest) for first, rest in rests.items()]
+    return f"({'|'.join(ways)}){'' if whole else '?'}"
 
 
 def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
@@ -497,6 +587,7 @@ REFUSED = """
     watermarking web_search_options
 """
 NEUTRAL = {"add_generation_prompt": True, "best_of": 1, "length_penalty": 1, "n": 1}
+NEUTRAL |= {"function_call": "none"}
 NEUTRAL |= {"modalities": ["text"], "skip_special_tokens": True, "verbosity": "medium"}
 NEUTRAL |= {"spaces_between_special_tokens": True}
 NEUTRAL |= {"web_search_options": None, "prompt_logprobs": None}
@@ -681,7 +772,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         if self.must_call() and not self.offered():
             why = "tool_choice asks for a function, and tools has none that fits"
             raise ClientError(why, "tool_choice")
-        structured = self.structured_from() is not None
+        structured = self.is_json() or self.mark()
         if structured and (self.ignore_eos or self.min_tokens):
             why = "a schema or tools go without ignore_eos and min_tokens"
             raise ClientError(why, "ignore_eos" if self.ignore_eos else "min_tokens")
@@ -703,21 +794,46 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         """The functions that the answer may call."""
         functions = [tool.function for tool in self.tools or []]
         choice = self.tool_choice
-        if choice and choice.function:
+        if choice and choice.type == "function":
             return [each for each in functions if each.name == choice.function.name]
         return [] if choice and choice.type == "none" else functions
 
-    def structured_from(self) -> str | None:
-        if self.schema_of_answer() is not None:
-            return ""
+    def is_json(self) -> bool:
+        return self.schema_of_answer() is not None
+
+    def mark(self) -> str | None:
         return CALL_MARK if self.offered() else None
 
-    def grammar_of_answer(self) -> str | None:
+    def grammar_of_answer(self) -> str:
+        """What an answer has to be, in llguidance's Lark."""
         parallel = self.parallel_tool_calls
         if parallel is None:  # a weak model that must call does not stop by itself
             parallel = not self.must_call()
         options = self.must_call(), parallel
         return answer_grammar(self.schema_of_answer(), self.offered(), *options)
+
+    def matcher(self, compile_grammar: Callable[[str], Any]) -> Any:
+        """What holds the answer to its schemas. Raises a 400 that names the wrong one."""
+        try:
+            return compile_grammar(self.grammar_of_answer())
+        except SCHEMA_ERRORS as error:
+            for param, schema, functions in self.schemas_alone():
+                try:
+                    compile_grammar(answer_grammar(schema, functions))
+                except SCHEMA_ERRORS as wrong:
+                    raise schema_error(param, str(wrong)) from error
+            raise schema_error(self.main_schema(), str(error)) from error
+
+    def schemas_alone(self) -> Iterator[tuple[str, Any, list[Function]]]:
+        """Each with its place in the body, as `answer_grammar` takes it."""
+        if self.is_json():
+            yield "response_format", self.schema_of_answer(), []
+        for number, tool in enumerate(self.tools or []):
+            yield f"tools[{number}].function.parameters", None, [tool.function]
+
+    def main_schema(self) -> str:
+        """The field that is named where it is not known which schema is wrong."""
+        return "tools" if self.offered() else "response_format"
 
     def turns(self) -> list[Turn]:
         turns = [message.turn() for message in self.messages]

@@ -215,7 +215,7 @@ OF_STRANGERS = (
     "parts of a result",
     "two results",
 )
-OF_THE_PROGRAM = "OpenAI's developer", "arguments", "description"
+OF_THE_PROGRAM = "OpenAI's developer", "description"
 
 
 def read(phi4_server, body):
@@ -248,6 +248,38 @@ def test_no_text_of_a_stranger_becomes_a_mark(phi4_server, special, place, more)
             assert marks(read(phi4_server, body)) == own, (name, mark)
             ids = phi4_server.token_ids(body)
             assert control(special, ids) == written, (name, mark)
+
+
+LOOK_ALIKES = (
+    "<TOOL_call>",
+    "<\u200btool_call>",
+    "< tool_call>",
+    "<tool\u200b_call>",
+    "<tool-response>",
+    "<toolcall>",
+    "＜tool_response＞",
+    "＜／Tool＿Call＞",
+    "﹤/tool_\u2060response>",
+    "<|tool_call|>",
+)
+
+
+@pytest.mark.parametrize("text", LOOK_ALIKES)
+def test_what_reads_like_a_mark_is_escaped_too(phi4_server, text):
+    for place in OF_STRANGERS[:-1]:
+        found = read(phi4_server, PLACES[place](f"a {text} b"))
+        assert f"a &lt;{text[1:]} b" in found
+
+
+def test_arguments_of_the_past_have_no_marks(phi4_server):
+    """They may be a stranger's words; as JSON they stay the same."""
+    for mark in (*MARKS, *LOOK_ALIKES):
+        given = json.dumps({"q": f"a {mark} {CALL}"}, ensure_ascii=False)
+        body = from_messages(called(given), turn("tool", "1"))
+        found = read(phi4_server, body)
+        shown = found.split('"arguments": ')[1].split("}</tool_call>")[0]
+        assert json.loads(shown) == json.loads(given)
+        assert mark not in shown and CALL[:-1] not in shown
 
 
 def test_what_a_stranger_writes_is_still_there_to_read(phi4_server):

@@ -15,6 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from server import Running, wait_until
 
 import api
+import py_api
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -189,17 +190,74 @@ def test_a_limit_in_the_middle_of_a_call(counting, write, monkeypatch):
     for limit, (text, calls, reason) in zip(limits, found, strict=True):
         so_far = b"".join(tokens[:limit]).decode()
         assert reason == ("length" if limit < len(tokens) else "tool_calls")
-        assert text == so_far.partition(MARK)[0], so_far
+        assert text == "Hi "[: len(so_far)], so_far
         arguments = so_far[begins:][: len(ROME)]
         complete = len(so_far) >= begins
         assert calls == ([("weather", arguments)] if complete else []), so_far
 
 
-def test_a_stop_string_in_the_middle_of_a_call_is_no_whole_call(counting, write):
+@pytest.mark.parametrize(
+    "stop", ["<tool_call>", "tool", "<", ">", "l>{", "name", "Ro", '"}', "}}<", "</to"]
+)
+def test_a_stop_string_is_not_found_in_a_call(counting, write, stop):
+    """For the program it is no text, and its arguments shall parse."""
     write(written("weather", ROME))
-    text, calls, reason = answered(counting, stop="Ro")
-    assert (text, calls, reason) == (None, [("weather", '{"city": "')], "length")
-    assert answered(counting, stop="never")[2] == "tool_calls"
+    for choice in ("auto", "required"):
+        _, calls, reason = answered(counting, stop=stop, tool_choice=choice)
+        assert (calls, reason) == ([("weather", ROME)], "tool_calls")
+    if stop == MARK:
+        return
+    write(f"a{stop}b" + written("weather", ROME))
+    assert answered(counting, stop=stop) == ("a", [], "stop")
+    write(f"a<to{stop}b")
+    text, calls, reason = answered(counting, stop=stop)
+    assert (text, calls, reason) == (f"a<to{stop}".partition(stop)[0], [], "stop")
+
+
+@pytest.mark.parametrize("text", ["<tool", "a<tool_c", "<tool_call"])
+def test_a_stop_string_is_found_in_what_only_begins_like_a_mark(counting, write, text):
+    write(text)
+    for stop in ("tool", "oo", "l"):
+        assert answered(counting, stop=stop) == (text.partition(stop)[0], [], "stop")
+
+
+def test_a_limit_shows_no_piece_of_a_mark(counting, write):
+    write("Hi " + written("now", "{}"))
+    for limit in range(1, 12):
+        text, _, reason = answered(counting, max_tokens=limit)
+        assert "Hi ".startswith(text) and reason == "length", limit
+        found = answered(counting, max_tokens=limit, tool_choice="required")
+        assert found == ("", [], "length"), limit
+
+
+def test_marks_in_json_without_functions_are_text(counting, write):
+    schema = {"type": "object", "properties": {"a": {"const": f"x {MARK} y"}}}
+    named = {"name": "n", "schema": schema | {"required": ["a"]}}
+    asked = {"response_format": {"type": "json_schema", "json_schema": named}}
+    whole = json.dumps({"a": f"x {MARK} y"})
+    found = answered(counting, tools=None, **asked, stop="_ca")
+    assert found == (whole.partition("_ca")[0], [], "length")
+    write(whole)
+    limit = 1
+    while (cut := answered(counting, tools=None, **asked, max_tokens=limit))[
+        0
+    ] != whole:
+        assert whole.startswith(cut[0]) and cut[2] == "length"
+        limit += 1
+    assert limit > 3
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a": '])
+def test_arguments_may_be_deep(opening):
+    deep = opening * 5000 + "1" + {"[": "]"}.get(opening, "}") * 5000
+    arguments = f'{{"a": {deep}, "b": "]}}\\\\"}}'
+    text = "Hi " + "\n".join([written("f", arguments), written("g", "{}")])
+    before, calls = py_api.split_calls(text)
+    assert before == "Hi "
+    assert [(call["name"], call["arguments"]) for call in calls] == [
+        ("f", arguments),
+        ("g", "{}"),
+    ]
 
 
 # ------------------------------------------------------------------------------
@@ -348,7 +406,7 @@ def test_an_answer_comes_back_as_the_model_has_written_it(counting, write, promp
 def chunks(body: Any, pieces: list[str]) -> Iterator[tuple[str, list[str]]]:
     """What has been written, and the chunks sent for it, as a stream sends them where
     the connection takes each at once."""
-    generation = api.Generation("m", body.stop, body.structured_from())
+    generation = api.Generation("m", body.stop, body.is_json(), body.mark())
     sent, so_far = 0, ""
     for piece in [*pieces, None]:
         generation.feed(piece.encode() if piece else None)
