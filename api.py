@@ -108,6 +108,7 @@ from py_api import (
     Turn,
     schema_error,
     sse,
+    validation_details,
 )
 
 logger = logging.getLogger("phi4")
@@ -573,8 +574,6 @@ CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
 CODES |= {"unsupported_parameter": "unsupported_parameter"}
 NOT_FOUND = "No such address. POST / takes a prompt. For OpenAI's API the base URL ends"
 NOT_FOUND += " with /v1: POST /v1/chat/completions, GET /v1/models. /docs shows all."
-MESSAGES = {"too_long": "has more than {max_length} entries", "too_short": "is empty"}
-MESSAGES |= dict.fromkeys(("model_type", "model_attributes_type"), "is no object")
 
 
 async def error_response(request: Request, error: Any) -> Response:
@@ -605,24 +604,6 @@ async def error_response(request: Request, error: Any) -> Response:
     content = {"error": parts} if openai else {"detail": detail}
     text = json.dumps(content, default=str)
     return Response(text, status, getattr(error, "headers", None), JSON)
-
-
-def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
-    """Pydantic's errors, without the input, which JSON may not be able to spell, and
-    without pydantic's own names for one of several types."""
-    details = []
-    for each in error.errors()[:16]:
-        kept = {key: each[key] for key in ("type", "loc", "msg", "ctx") if key in each}
-        kept["loc"] = [part for part in each["loc"] if "[" not in str(part)]
-        if each["type"] == "json_invalid":
-            why = f"send JSON: {each['ctx']['error']} at {each['loc'][-1]}"
-            kept |= {"loc": ["body"], "msg": why}
-        elif kept["loc"] == ["body"]:
-            kept["msg"] = "send a JSON object, with Content-Type: application/json"
-        elif each["type"] in MESSAGES:
-            kept["msg"] = MESSAGES[each["type"]].format(**each.get("ctx", {}))
-        details.append(kept)
-    return details
 
 
 CLOSE = {"Connection": "close"}  # the rest of the body is not wanted

@@ -170,6 +170,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
 from fastapi import HTTPException
+from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
 
@@ -197,9 +198,40 @@ def schema_error(param: str, why: str) -> ClientError:
     return ClientError(f"{param}: the JSON schema cannot be used: {why}", param)
 
 
-# JSON allows lone surrogates, UTF-8 does not. UnicodeEncodeError is a ValueError, so
-# pydantic answers that the field is wrong.
-Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
+# Where pydantic's own words would be arithmetic.
+MESSAGES = {"too_long": "has more than {max_length} entries", "too_short": "is empty"}
+MESSAGES["string_unicode"] = "has a lone surrogate, which no UTF-8 text has"
+MESSAGES |= dict.fromkeys(("model_type", "model_attributes_type"), "is no object")
+
+
+def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
+    """Pydantic's errors, without the input, which JSON may not be able to spell, and
+    without pydantic's own names for one of several types."""
+    details = []
+    for each in error.errors()[:16]:
+        kept = {key: each[key] for key in ("type", "loc", "msg", "ctx") if key in each}
+        kept["loc"] = [part for part in each["loc"] if "[" not in str(part)]
+        if each["type"] == "json_invalid":
+            why = f"send JSON: {each['ctx']['error']} at {each['loc'][-1]}"
+            kept |= {"loc": ["body"], "msg": why}
+        elif kept["loc"] == ["body"]:
+            kept["msg"] = "send a JSON object, with Content-Type: application/json"
+        elif each["type"] in MESSAGES:
+            kept["msg"] = MESSAGES[each["type"]].format(**each.get("ctx", {}))
+        details.append(kept)
+    return details
+
+
+def in_utf8(text: str) -> str:
+    """Raises an error for a lone surrogate, which JSON allows and UTF-8 does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "") from None  # see MESSAGES
+    return text
+
+
+Text = Annotated[str, AfterValidator(in_utf8)]
 TokenLimit = Annotated[int, Field(ge=1)] | None
 NO_LIMIT = BeforeValidator(lambda limit: None if limit == -1 else limit)
 FinishReason = Literal["stop", "length", "tool_calls"]

@@ -493,6 +493,18 @@ def test_broken_json_is_the_clients_error(server, path, name):
     assert len(answer.content) < 10_000
 
 
+@pytest.mark.parametrize("field", ["prompt", "stop", "content"])
+def test_a_lone_surrogate_is_named_in_plain_words(server, field):
+    body = {"prompt": "x", field: "\ud800"}
+    if field == "content":
+        body = {"prompt": "x", "history": [turn("user", "\ud800")]}
+    data, headers = json.dumps(body), {"Content-Type": "application/json"}
+    answer = requests.post(server.url, data=data, headers=headers, timeout=60)
+    [wrong] = answer.json()["detail"]
+    assert answer.status_code == 422 and field in wrong["loc"]
+    assert wrong["msg"] == "has a lone surrogate, which no UTF-8 text has"
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_of_a_field_given_twice_the_last_counts(server, path):
     extra = {"max_new_tokens": 1} if path == "/" else {"max_tokens": 1}

@@ -286,6 +286,19 @@ def test_a_named_function_is_called_whatever_the_model_wants(counting, write):
         assert found == (None, [("now", "{}")], "tool_calls")
 
 
+def test_a_function_beside_auto_is_no_choice(counting, write):
+    write(written("weather", ROME))
+    for kind in ("auto", "required"):
+        choice = {"type": kind, "function": {"name": "now"}}
+        assert answered(counting, tool_choice=choice)[1] == [("weather", ROME)]
+
+
+def test_no_call_of_the_old_kind_is_no_wish(counting, write):
+    write("Hi")
+    assert answered(counting, function_call="none", functions=[]) == ("Hi", [], "stop")
+    assert ask(counting, function_call="auto").status_code == 400
+
+
 def test_none_is_text_whatever_the_model_wants(counting, write):
     text = written("now", "{}")
     write(text)
