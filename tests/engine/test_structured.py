@@ -340,6 +340,7 @@ HOLES = [
     (WITH_A | {"minProperties": 1}, '{"\\u0061": "x"}', '{"a": 2}'),
     ({"type": "integer", "minimum": 2**53 + 1}, f"{2**53}", f"{2**53 + 2}"),
     ({"type": "integer", "maximum": 2**53 + 1}, f"{2**53 + 2}", f"{2**53}"),
+    ({"type": "integer", "maximum": 2**53 + 3}, f"{2**53 + 4}", f"{2**53 + 2}"),
     ({"type": "integer", "maximum": HUGE}, f"{HUGE + 1}", f"{2**62}"),
     ({"type": "integer", "minimum": -HUGE - 1}, f"{-(2**65)}", f"{-(2**62)}"),
     ({"type": "integer", "maximum": 2**64}, f"{2**64 + 1}", "-5"),
