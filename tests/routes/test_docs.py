@@ -156,6 +156,9 @@ def test_no_generated_request_breaks_the_server_or_its_schema(tmp_path):
         command += ["--checks=all", "--exclude-checks=positive_data_acceptance"]
         command += ["--phases=examples,coverage,fuzzing", "--max-examples=40"]
         command += ["--generation-deterministic", "--no-color", "--continue-on-failure"]
+        # Some answers fill the context; ten seconds are the default of both.
+        limits = "--request-timeout", "--max-response-time"
+        command += [f"{limit}={DEADLINE}" for limit in limits]
         probe = subprocess.run(
             command, capture_output=True, text=True, check=False, cwd=tmp_path
         )
