@@ -224,6 +224,8 @@ class Generation:
         if token is None:
             return self.finish("stop")
         text = self.held + self.decoder.decode(token)
+        if self.is_json and not self.text and text[:1] != "<":
+            self.mark = None  # JSON, which may have one in a string
         end = self.find_stop(text[: len(text) - length_of_begun(text, [self.mark])])
         self.held = ""
         if end is not None:
@@ -470,16 +472,23 @@ class Engine:
                 await self.compiler_turns.acquire()
         except TimeoutError as error:
             raise unavailable("many schemas wait to be compiled") from error
+        compile_grammar = partial(model_download.compile_grammar, self.ll_tokenizer)
+        work = generation.in_thread(
+            self.compiler, partial(body.matcher, compile_grammar)
+        )
+        compiling = asyncio.ensure_future(work)
+        # A thread cannot be ended: until it ends by itself, nobody else has its turn.
+        compiling.add_done_callback(self.compiled)
         try:
-            compile_grammar = partial(model_download.compile_grammar, self.ll_tokenizer)
-            work = partial(body.matcher, compile_grammar)
             async with asyncio.timeout(COMPILE_SECONDS):
-                return await generation.in_thread(self.compiler, work)
+                return await asyncio.shield(compiling)
         except TimeoutError as error:
-            self.compiler = ThreadPoolExecutor(COMPILERS)  # a thread cannot be ended
             raise schema_error(body.main_schema(), "that takes too long") from error
-        finally:
-            self.compiler_turns.release()
+
+    def compiled(self, compiling: asyncio.Future) -> None:
+        self.compiler_turns.release()
+        if not compiling.cancelled():
+            compiling.exception()  # or asyncio logs one that nobody waits for
 
     async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
         """Token ids of a conversation. Raises a 400 for one that is far too long,

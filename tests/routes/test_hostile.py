@@ -261,6 +261,12 @@ LOOK_ALIKES = (
     "＜／Tool＿Call＞",
     "﹤/tool_\u2060response>",
     "<|tool_call|>",
+    "<to\u200bol_call>",
+    "<tool_c\u00adall>",
+    "<     tool_____call>",
+    "<_tool_re\ufe0fsponse>",
+    "⟨tool_call⟩",
+    "《tool_call》",
 )
 
 

@@ -235,6 +235,21 @@ def test_a_limit_shows_no_piece_of_a_mark(counting, write):
         assert found == ("", [], "length"), limit
 
 
+def test_a_mark_in_json_is_text_where_functions_are_offered_too(counting, write):
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    named = {"name": "n", "schema": schema | {"required": ["a"]}}
+    asked = {"response_format": {"type": "json_schema", "json_schema": named}}
+    for inside in (MARK, f"x{MARK}", written("now", "{}"), "<tool_"):
+        text = json.dumps({"a": inside})
+        write(text)
+        assert answered(counting, **asked) == (text, [], "stop")
+        cut = text.index("l_") if "l_" in text else 0
+        assert answered(counting, **asked, stop="l_") == (text[:cut], [], "length")
+    write(written("weather", ROME))
+    found = answered(counting, **asked, stop="l_")
+    assert found == (None, [("weather", ROME)], "tool_calls")
+
+
 def test_marks_in_json_without_functions_are_text(counting, write):
     schema = {"type": "object", "properties": {"a": {"const": f"x {MARK} y"}}}
     named = {"name": "n", "schema": schema | {"required": ["a"]}}
