@@ -956,125 +956,120 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
 # ------------------------------------------------------------------------------
 
 
-CHAT_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+CHAT_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>phi-4</title>
 <meta name="viewport" content="width=device-width, viewport-fit=cover, interactive-widget=resizes-content">
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'><text y='14'>φ</text></svg>">
-<title>phi-4</title>
 <style>
 :root { color-scheme: light dark; --page: light-dark(#faf9f7, #17191b); --text: light-dark(#24292e, #e5e4e0);
   --quiet: light-dark(#5f666d, #a3a8ac); --line: light-dark(#dedbd5, #35393c);
   --field: light-dark(#ffffff, #202325); --bubble: light-dark(#e6efeb, #23332e);
   --accent: light-dark(#0b6a57, #74cdb5); --error: light-dark(#a8271b, #ff9d91); }
-* { box-sizing: border-box; }
-[hidden], p:empty { display: none !important; }
+* { box-sizing: border-box; } [hidden], p:empty { display: none; }
 body { display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; margin: 0; overflow-wrap: anywhere;
   font: 1rem/1.65 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif;
-  background: var(--page); color: var(--text); }
+  padding-bottom: env(safe-area-inset-bottom); background: var(--page); color: var(--text); }
 header, main, footer { padding: .7rem max(1rem, env(safe-area-inset-left), 50vw - 23rem); }
 header, form, .bar { display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: center; }
-footer { padding-bottom: max(.8rem, env(safe-area-inset-bottom)); }
 main { overflow-y: auto; overscroll-behavior: contain; border-block: 1px solid var(--line); }
 h1 { margin: 0 auto 0 0; font-size: 1.05rem; }
 h2 { margin-top: 25vh; font-weight: 600; text-align: center; }
-section { padding: .3rem; content-visibility: auto; contain-intrinsic-size: auto 12rem; }
 p { margin: 0 0 .8rem; white-space: pre-wrap; }
+section { padding: .3rem; content-visibility: auto; contain-intrinsic-size: auto 12rem; }
 .question { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem .9rem;
   background: var(--bubble); border-radius: 1.1rem 1.1rem .25rem; }
-.bar { justify-content: space-between; min-height: 2rem; color: var(--quiet); font-size: .85rem; }
-.failed .bar { color: var(--error); }
-pre { margin: 0 0 1rem; padding: .7rem .9rem; overflow-x: auto; background: var(--field);
-  border: 1px solid var(--line); border-radius: .7rem; }
+.bar { justify-content: space-between; min-height: 2rem; font-size: .85rem; user-select: none; }
+.failed .bar { color: var(--error); user-select: text; }
+pre { margin: 0 0 1rem; padding: .8rem; overflow-x: auto; background: var(--field); border-radius: .7rem; }
 code { font: .875rem/1.55 ui-monospace, Menlo, Consolas, "Noto Sans Mono CJK SC", monospace; }
 textarea, input, button { font: inherit; color: inherit; background: var(--field); border-radius: 1rem; }
 textarea, input { flex: 1; min-width: 0; padding: .6rem .9rem; border: 1px solid var(--quiet); }
 textarea { field-sizing: content; max-height: 35vh; resize: none; }
-button { padding: .15rem .75rem; border: 1px solid var(--line); cursor: pointer; user-select: none; }
+button { padding: .15rem .75rem; border: 1px solid var(--line); cursor: pointer; }
 form button { padding: .6rem 1.1rem; background: var(--accent); color: var(--page); }
-a { color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 </style>
-<header><h1 id="model">phi-4</h1><a id="docs">API</a><button id="fresh" data-text="fresh"></button></header>
+<header><h1 id="model">phi-4</h1><a id="docs">API</a><a href="" data-text="fresh"></a></header>
 <main id="main" tabindex="0"><h2 id="welcome" data-text="welcome">This page needs JavaScript.</h2></main>
-<footer>
-<p id="notice" role="status"></p>
-<form id="key-form" hidden><label for="key" data-text="label"></label>
-<input id="key" type="password" autocomplete="off"><button data-text="use"></button></form>
-<form id="form"><textarea id="field" rows="1" dir="auto" enterkeyhint="send" autofocus></textarea>
-<button id="send" data-text="send"></button></form>
-</footer>
+<footer><label for="key"><output id="notice"></output></label>
+<form hidden><input id="key" type="password" autocomplete="off"><button>OK</button></form>
+<form><textarea id="field" rows="1" dir="auto" enterkeyhint="send" autofocus></textarea>
+<button id="send" data-text="send"></button></form></footer>
 <script type="module">
 const TEXTS = { // English, Chinese
   fresh: ["New conversation", "新对话"], welcome: ["What would you like to know?", "想聊点什么？"],
-  field: ["Your question", "输入问题"], send: ["Send", "发送"], stop: ["Stop", "停止"], again: ["Send again", "重新发送"],
-  label: ["API key", "密钥"], use: ["Use", "确定"], copy: ["Copy", "复制"], busy: ["Answering …", "回答中……"],
-  done: ["Complete", "回答完毕"], demo: ["(demo model, not phi-4)", "（演示模型，不是 phi-4）"],
+  field: ["Your question", "输入问题"], send: ["Send", "发送"], stop: ["Stop", "停止"], copy: ["Copy", "复制"],
+  busy: ["Answering …", "回答中……"], done: ["Complete", "回答完毕"], again: ["Send again", "重新发送"],
+  full: ["The server is full.", "服务器繁忙。"], demo: ["(demo model, not phi-4)", "（演示模型，不是 phi-4）"],
+  failed: ["The server answers with an error.", "服务器返回错误。"], 401: ["This key is wrong.", "密钥不正确。"],
+  key: ["This server wants a key: its PHI4_API_KEY.", "此服务器需要密钥，即它的 PHI4_API_KEY。"],
+  403: [`This server has no key, so it answers only to its own names. Start it with export PHI4_API_KEY=KEY,
+    or with --allowed-hosts ${location.hostname}, and reload this page.`,
+    `服务器没有密钥，不接受此域名。请先 export PHI4_API_KEY=密钥，或用 --allowed-hosts ${location.hostname} 重新启动，再刷新本页。`],
+  loading: ["The model is loading. That takes a minute or more.", "模型正在加载，需要一分钟或更久。"],
+  gone: ["The server does not answer. Does it run?", "服务器没有响应，它在运行吗？"],
+  broken: ["There is no whole answer. This is not part of the conversation.", "回答不完整，不计入对话。"],
   stopped: ["Stopped. The conversation goes on with what is shown.", "已停止，以上内容计入对话。"],
   length: ["The answer reached its limit. Ask the model to go on.", "回答达到长度上限，可以让它继续。"],
-  broken: ["The answer broke off. It is not part of the conversation.", "回答中断，不计入对话。"],
   long: ["The conversation is too long for the model. Begin a new one.", "对话太长，请开始新对话。"],
-  loading: ["The model is loading. That takes a minute or more.", "模型正在加载，需要一分钟或更久。"],
-  down: ["The server restarts.", "服务器正在重启。"], draining: ["The server shuts down.", "服务器正在关闭。"],
-  gone: ["The server does not answer. Does it run?", "服务器没有响应，它在运行吗？"],
-  key: ["This server wants a key: its PHI4_API_KEY.", "此服务器需要密钥，即它的 PHI4_API_KEY。"],
-  401: ["This key is wrong.", "密钥不正确。"], 503: ["The server is full.", "服务器繁忙。"],
-  504: ["The answer took too long.", "回答超时。"], failed: ["The server answers with an error.", "服务器返回错误。"],
-  403: [`Without a key, this server does not answer to the name ${location.hostname}. Start it again with
-    export PHI4_API_KEY=KEY, or with --allowed-hosts ${location.hostname}, and reload this page.`,
-    `服务器没有设置密钥，不接受通过 ${location.hostname} 访问。请先 export PHI4_API_KEY=密钥，
-    或加上 --allowed-hosts ${location.hostname}，重新启动服务器，再刷新本页。`],
 };
-const chinese = navigator.language.startsWith("zh");
-const say = (name) => (TEXTS[name] ?? TEXTS.failed)[chinese ? 1 : 0];
+document.documentElement.lang = navigator.language.startsWith("zh") ? "zh" : "en";
+const say = (name) => TEXTS[name][document.documentElement.lang === "zh" ? 1 : 0];
 const byId = (id) => document.getElementById(id);
 const [main, notice, key, field, send] = ["main", "notice", "key", "field", "send"].map(byId);
-// The server's address, also behind a prefix and without a slash at its end: https://host/phi4
-const base = location.origin + location.pathname.replace(/\/*$/, "/");
+const base = location.origin + location.pathname.replace(/\/*$/, "/"); // also where that is /phi4
 let history = []; // the conversation, as the last answer gave it
 let request = null; // of the answer in progress: abort() ends it, and the server frees its place
 let state = "loading"; // of the server: "ok", or the name of what is to be said
-
 function add(parent, tag, className = "", textContent = "") {
   const element = Object.assign(document.createElement(tag), { className, textContent, dir: "auto" });
   return parent.appendChild(element);
 }
-
 function addCopy(bar, element) {
   add(bar, "button", "", say("copy")).onclick = () => {
     getSelection().selectAllChildren(element);
     document.execCommand("copy"); // navigator.clipboard is there over https only
   };
+  return element;
 }
+const addCode = (parent, language) =>
+  addCopy(add(parent, "div", "bar", language), add(add(parent, "pre"), "code"));
 
-function addCode(parent, language) {
-  const bar = add(parent, "div", "bar", language);
-  const code = add(add(parent, "pre"), "code");
-  addCopy(bar, code);
-  return code;
+// Show what has come of an answer. Lines of ``` enclose code; the last line may be the beginning of one.
+// Each part has a text node that only grows, so that a long answer costs no more than a short one.
+function show(answer, parent, nodes, isWhole) {
+  const follows = main.scrollHeight - main.scrollTop < main.clientHeight + 50;
+  const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*(``?|```.*)?$/, "$1");
+  const parts = text.split(/^[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t]*\1[ \t]*$|(?![^]))/m);
+  for (let i = 0; i < parts.length; i += i % 4 ? 1 : 3) { // text, ```, language, code, text ...
+    const isCode = i % 4 === 3, part = isCode ? parts[i] : parts[i].trim();
+    nodes[i] ??= (isCode ? addCode(parent, parts[i - 1]) : add(parent, "p")).appendChild(new Text());
+    nodes[i].appendData(part.slice(nodes[i].length));
+  }
+  if (follows) main.scrollTop = main.scrollHeight;
 }
 
 function call(path, options) {
-  const headers = { "Content-Type": "application/json" };
   const bytes = String.fromCharCode(...new TextEncoder().encode(key.value.trim())); // headers are bytes
-  if (bytes) headers.Authorization = `Bearer ${bytes}`;
+  const headers = { "Content-Type": "application/json", Authorization: `Bearer ${bytes}` };
   return fetch(base + path, { headers, ...options });
 }
-
 // Learn how the server is and whether it wants a key, and say so. While it cannot answer, look again.
 async function look() {
   state = "gone";
   try {
     const { status = 403, model = "phi-4" } = await (await call("health")).json();
-    state = status;
     byId("model").textContent = document.title = model.replace(TEXTS.demo[0], say("demo"));
+    state = status === "ok" || status in TEXTS ? status : "gone";
     // This needs the key, too, and costs nothing.
     if (state === "ok" && (await call("v1/models")).status === 401) state = key.value ? 401 : "key";
   } catch { } // no connection, or no JSON
   notice.textContent = state === "ok" ? "" : say(state);
-  byId("key-form").hidden = state !== 401 && state !== "key";
-  if (!["ok", "key", 401, 403].includes(state)) setTimeout(look, 2000);
+  key.form.hidden = state !== 401 && state !== "key";
+  if (state === "loading" || state === "gone") setTimeout(look, 2000);
 }
+
+const inWords = (detail) => // which is a text, or a list of wrong fields
+  `${say(/context_length/.test(detail) ? "long" : "failed")} (${detail[0]?.msg ?? detail})`;
 
 // Send a question. Where all places are taken, try a few times.
 async function post(body, signal, note) {
@@ -1082,18 +1077,12 @@ async function post(body, signal, note) {
     const response = await call("", { method: "POST", body: JSON.stringify(body), signal });
     if (response.ok) return response;
     const { detail } = await response.json().catch(() => ({ detail: response.statusText }));
-    if (response.status !== 503 || attempt > 5) throw new Error(inWords(response.status, detail));
+    if (response.status !== 503 || attempt > 5) throw new Error(inWords(detail));
     const seconds = attempt * (response.headers.get("Retry-After") ?? 1);
-    note.textContent = `${say(503)} ${say("again")}: ${seconds} s`;
+    note.textContent = `${say("full")} ${say("again")}: ${seconds} s`;
     await new Promise((retry, stop) => { setTimeout(retry, 1000 * seconds); signal.onabort = stop; });
   }
 }
-
-function inWords(name, detail) { // which is a text, or a list of wrong fields
-  const reason = detail[0]?.msg ?? detail;
-  return `${say(reason.includes("context_length") ? "long" : name)} (${reason})`;
-}
-
 // The data of server-sent events. Other lines are their names, and comments (": ping").
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -1105,99 +1094,65 @@ async function* events(response) {
   }
 }
 
-// Show what has come of an answer. Lines of ``` enclose code; the last line may be the beginning of one.
-// Each part has a text node that only grows, so that a long answer costs no more than a short one.
-function show(answer, parent, nodes, isWhole) {
-  const follows = main.scrollHeight - main.scrollTop < main.clientHeight + 50;
-  const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*(``?|```.*)?$/, "$1");
-  const parts = text.split(/^[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t]*\1[ \t]*$|(?![^]))/m);
-  const grow = (node, part) => node.appendData(part.slice(node.length));
-  for (let i = 0; i < parts.length; i += 4) {
-    grow((nodes[i] ??= add(parent, "p").appendChild(new Text())), parts[i].trim());
-    if (i + 3 < parts.length)
-      grow((nodes[i + 3] ??= addCode(parent, parts[i + 2]).appendChild(new Text())), parts[i + 3]);
-  }
-  if (follows) main.scrollTop = main.scrollHeight;
-}
-
 async function ask(prompt) {
-  const mine = (request = new AbortController()), nodes = [];
-  const turn = add(main, "section", "busy");
+  const { signal } = (request = new AbortController()), nodes = [];
+  const turn = add(main, "section");
   add(turn, "p", "question", prompt);
-  const body = add(turn, "div"), bar = add(turn, "div", "bar"), note = add(bar, "span", "", say("busy"));
-  note.role = "status";
+  const body = add(turn, "div"), bar = add(turn, "div", "bar"), note = add(bar, "output", "", say("busy"));
   send.textContent = say("stop");
   main.scrollTop = main.scrollHeight;
   let answer = "", given, frame;
   try {
-    const response = await post({ prompt, history, stream: true }, mine.signal, note);
+    const response = await post({ prompt, history, stream: true }, signal, note);
     for await (const event of events(response)) {
-      if (event.detail) throw new Error(inWords("broken", event.detail));
-      if (event.history) given = event.history;
-      if (event.finish_reason) note.textContent = say(event.finish_reason === "length" ? "length" : "done");
+      if (event.detail) throw new Error(inWords(event.detail));
       answer += event.delta ?? "";
       frame ??= requestAnimationFrame(() => { frame = null; show(answer, body, nodes); });
+      given ??= event.history;
+      if (event.finish_reason) note.textContent = say(event.finish_reason === "length" ? "length" : "done");
     }
     if (!given) throw new Error(say("broken"));
     history = given;
   } catch (error) {
-    if (mine !== request) return; // a new conversation has begun
-    if (mine.signal.aborted && answer) { // the server gives nothing back: what is shown is the answer
+    if (signal.aborted && answer) { // the server gives no history back: it is what is shown
       history = [...history, { role: "user", content: prompt }, { role: "assistant", content: answer }];
       note.textContent = say("stopped");
-    } else if (mine.signal.aborted) {
-      turn.remove();
-      field.value ||= prompt;
-    } else {
+    } else { // the turn is shown, but it is not in the history
       turn.className = "failed";
-      note.textContent = error.name === "Error" ? error.message : say(answer ? "broken" : "gone");
+      note.textContent = error.name === "Error" ? error.message : say("broken");
       add(bar, "button", "", say("again")).onclick = () => { if (!request) { turn.remove(); ask(prompt); } };
       look();
     }
   }
   show(answer, body, nodes, true);
-  addCopy(bar, body);
+  if (answer) addCopy(bar, body);
   request = null;
   send.textContent = say("send");
 }
 
-function submit() {
-  const prompt = new TextDecoder().decode(new TextEncoder().encode(field.value)); // no half characters
-  if (request || state !== "ok" || !prompt.trim()) return;
-  field.value = "";
-  byId("welcome").hidden = true;
-  ask(prompt);
-}
-
-byId("form").onsubmit = (event) => {
+field.form.onsubmit = (event) => {
   event.preventDefault();
-  if (request) request.abort(); else submit();
+  if (request) return request.abort();
+  if (state !== "ok" || !field.value.trim()) return;
+  byId("welcome")?.remove();
+  ask(field.value.toWellFormed()); // no half characters
+  field.value = "";
 };
 field.onkeydown = (event) => {
-  // An input method takes Enter for itself. Safari says that with 229 only.
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  const isComposing = event.isComposing || event.keyCode === 229; // which is how Safari says it
+  if (event.key !== "Enter" || event.shiftKey || isComposing) return;
   event.preventDefault();
-  submit();
+  if (!request) field.form.requestSubmit();
 };
-byId("key-form").onsubmit = async (event) => {
+key.form.onsubmit = async (event) => {
   event.preventDefault();
   sessionStorage.setItem(base, key.value);
   await look();
-  (state === "ok" ? field : key).focus();
-};
-byId("fresh").onclick = () => {
-  request?.abort();
-  [request, history] = [null, []];
-  main.replaceChildren(byId("welcome"));
-  byId("welcome").hidden = false;
-  send.textContent = say("send");
-  field.focus();
+  if (state === "ok") field.focus();
 };
 for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
-document.documentElement.lang = chinese ? "zh" : "en";
 byId("docs").href = base + "docs";
 field.placeholder = field.ariaLabel = say("field");
-main.ariaLabel = say("welcome");
 key.value = sessionStorage.getItem(base);
 look();
 </script>
