@@ -1055,14 +1055,14 @@ function call(path, options) {
 }
 // Learn how the server is and whether it wants a key, and say so. While it cannot answer, look again.
 async function look() {
-  state = "gone";
   try {
     const { status = 403, model = "phi-4" } = await (await call("health")).json();
     byId("model").textContent = document.title = model.replace(TEXTS.demo[0], say("demo"));
-    state = status === "ok" || status in TEXTS ? status : "gone";
+    let found = status === "ok" || status in TEXTS ? status : "gone";
     // This needs the key, too, and costs nothing.
-    if (state === "ok" && (await call("v1/models")).status === 401) state = key.value ? 401 : "key";
-  } catch { } // no connection, or no JSON
+    if (found === "ok" && (await call("v1/models")).status === 401) found = key.value ? 401 : "key";
+    state = found;
+  } catch { state = "gone"; } // no connection, or no JSON
   notice.textContent = state === "ok" ? "" : say(state);
   key.form.hidden = state !== 401 && state !== "key";
   if (state === "loading" || state === "gone") setTimeout(look, 2000);
