@@ -1019,7 +1019,7 @@ const [main, notice, key, field, send] = ["main", "notice", "key", "field", "sen
 const base = location.origin + location.pathname.replace(/\/*$/, "/"); // also where that is /phi4
 let history = []; // the conversation, as the last answer gave it
 let request = null; // of the answer in progress: abort() ends it, and the server frees its place
-let state = "loading"; // of the server: "ok", or the name of what is to be said
+let state = "ok"; // of the server, as far as is known; otherwise the name of what is to be said
 function add(parent, tag, className = "", textContent = "") {
   const element = Object.assign(document.createElement(tag), { className, textContent, dir: "auto" });
   return parent.appendChild(element);

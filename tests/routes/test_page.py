@@ -607,11 +607,13 @@ def test_a_foreign_name_is_told_what_to_do(
 
 
 @pytest.mark.parametrize("path", ["/phi4/", "/phi4", "/a/b/?q=1#part"])
-def test_behind_a_prefix(visit: Open, say: Say, path: str) -> None:
+def test_behind_a_prefix(
+    visit: Open, counting: Running, say: Say, path: str
+) -> None:
     """A proxy takes the prefix away: here it is the browser."""
     say(b"yes")
     prefix = re.match(r"/(phi4|a/b)", path)[0]
-    chat = visit()
+    chat = visit("about:blank", path="")
 
     def strip(route: Any) -> None:
         route.continue_(url=re.sub(prefix + "/?", "/", route.request.url, count=1))
@@ -619,7 +621,7 @@ def test_behind_a_prefix(visit: Open, say: Say, path: str) -> None:
     chat.page.route(re.compile(f"://[^/]+{prefix}"), strip)
     seen: list[str] = []
     chat.page.on("request", lambda request: seen.append(request.url))
-    chat.page.goto(chat.page.url.rstrip("/") + path)
+    chat.page.goto(counting.url + path)
     chat.ask()
     chat.answered("yes")
     assert all(prefix in url for url in seen), seen
