@@ -9,6 +9,7 @@
          -d '{"prompt": "你好", "history": []}'
 
 Routes
+    GET  /                      a chat page for the browser
     POST /                      the tutorial's contract: prompt and history in, both out
     POST /v1/chat/completions   the OpenAI API, with tools and JSON schemas
     GET  /v1/models, /v1/models/{name}   the model that is served
@@ -28,11 +29,11 @@ A request takes one path, whichever route it came by: RequestMiddleware, Secured
 reply(), Engine.submit(), the generation thread, Engine.process_outputs(), and back to
 reply(). One thread owns the model; the event loop never waits for it.
 
-The file follows the data: engine, then routes. Then comes a section on the insides of
-transformers and torch, which a first reading may skip, and last the entry points, with
-what guards a connection. What goes over the wire stands in py_api.py, below a client
-that shows its use. model_download.py has the settings, and looks at the folder and at
-the machine before anything is loaded.
+The file follows the data: engine, then routes, then the chat page, which asks POST /.
+Then comes a section on the insides of transformers and torch, which a first reading may
+skip, and last the entry points, with what guards a connection. What goes over the wire
+stands in py_api.py, below a client that shows its use. model_download.py has the
+settings, and looks at the folder and at the machine before anything is loaded.
 """
 
 import asyncio
@@ -968,25 +969,25 @@ CHAT_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>phi-
 body { display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; margin: 0; overflow-wrap: anywhere;
   font: 1rem/1.65 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif;
   padding-bottom: env(safe-area-inset-bottom); background: var(--page); color: var(--text); }
-header, main, footer { padding: .7rem max(1rem, env(safe-area-inset-left), 50vw - 23rem); }
-header, form, .bar { display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: center; }
+header, main, footer { padding: .6rem max(1rem, env(safe-area-inset-left), 50vw - 23rem); }
+header, form, .bar { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; }
+header, form, .bar { gap: .4rem .8rem; } form { padding-top: .4rem; }
 main { overflow-y: auto; overscroll-behavior: contain; border-block: 1px solid var(--line); }
-h1 { margin: 0 auto 0 0; font-size: 1.05rem; }
-h2 { margin-top: 25vh; font-weight: 600; text-align: center; }
+h1 { margin: 0 auto 0 0; font-size: 1.05rem; } h2 { margin-top: 25vh; text-align: center; }
 p { margin: 0 0 .8rem; white-space: pre-wrap; }
 section { padding: .3rem; content-visibility: auto; contain-intrinsic-size: auto 12rem; }
 .question { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem .9rem;
   background: var(--bubble); border-radius: 1.1rem 1.1rem .25rem; }
-.bar { justify-content: space-between; min-height: 2rem; font-size: .85rem; user-select: none; }
+.bar { min-height: 2rem; color: var(--quiet); font-size: .85rem; user-select: none; }
 .failed .bar { color: var(--error); user-select: text; }
 pre { margin: 0 0 1rem; padding: .8rem; overflow-x: auto; background: var(--field); border-radius: .7rem; }
-code { font: .875rem/1.55 ui-monospace, Menlo, Consolas, "Noto Sans Mono CJK SC", monospace; }
+code { font: .875rem/1.55 ui-monospace, Menlo, Consolas, monospace; }
 textarea, input, button { font: inherit; color: inherit; background: var(--field); border-radius: 1rem; }
 textarea, input { flex: 1; min-width: 0; padding: .6rem .9rem; border: 1px solid var(--quiet); }
 textarea { field-sizing: content; max-height: 35vh; resize: none; }
 button { padding: .15rem .75rem; border: 1px solid var(--line); cursor: pointer; }
 form button { padding: .6rem 1.1rem; background: var(--accent); color: var(--page); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 </style>
 <header><h1 id="model">phi-4</h1><a id="docs">API</a><a href="" data-text="fresh"></a></header>
 <main id="main" tabindex="0"><h2 id="welcome" data-text="welcome">This page needs JavaScript.</h2></main>
@@ -1007,7 +1008,7 @@ const TEXTS = { // English, Chinese
     `服务器没有密钥，不接受此域名。请先 export PHI4_API_KEY=密钥，或用 --allowed-hosts ${location.hostname} 重新启动，再刷新本页。`],
   loading: ["The model is loading. That takes a minute or more.", "模型正在加载，需要一分钟或更久。"],
   gone: ["The server does not answer. Does it run?", "服务器没有响应，它在运行吗？"],
-  broken: ["There is no whole answer. This is not part of the conversation.", "回答不完整，不计入对话。"],
+  broken: ["There is no complete answer. This is not part of the conversation.", "回答不完整，不计入对话。"],
   stopped: ["Stopped. The conversation goes on with what is shown.", "已停止，以上内容计入对话。"],
   length: ["The answer reached its limit. Ask the model to go on.", "回答达到长度上限，可以让它继续。"],
   long: ["The conversation is too long for the model. Begin a new one.", "对话太长，请开始新对话。"],

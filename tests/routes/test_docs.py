@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The try-it page, its examples and its schema; measure/docs_page.py uses a browser."""
+"""The try-it page, its examples and its schema; test_page.py tries it in a browser."""
 
 import re
 import subprocess
@@ -139,6 +139,23 @@ def test_a_key_can_be_entered_on_the_page(schema):
         path for path, _, operation in operations(schema) if operation.get("security")
     }
     assert secured == {path for path, _ in METHODS} - {"/health"}
+
+
+def test_the_page_has_headings_and_a_version(schema):
+    """Of each operation a newcomer sees its heading, its path and its summary."""
+    assert schema["info"]["version"] == "1.0.0"
+    shown = [
+        (operation["tags"], path, operation["summary"])
+        for path, _, operation in operations(schema)
+    ]
+    assert shown == [
+        (["Chat"], "/", "Ask The Model"),
+        (["OpenAI API"], "/v1/chat/completions", "Chat Completions"),
+        (["OpenAI API"], "/v1/models", "List Models"),
+        (["OpenAI API"], "/v1/models/{name}", "Get Model"),
+        (["Server"], "/metrics", "Read Metrics"),
+        (["Server"], "/health", "Check Health"),
+    ]
 
 
 def test_the_demo_says_that_it_is_not_phi_4():

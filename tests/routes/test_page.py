@@ -3,7 +3,6 @@
 comes first."""
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import requests
-import scripted
 from fastapi.testclient import TestClient
 from net import DEADLINE
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -51,7 +49,9 @@ def test_the_page_is_one_file_that_can_load_and_run_nothing_else(server):
     wanted = dict.fromkeys(nothing, "'none'") | {"connect-src": "'self'"}
     wanted |= {"img-src": "data:", "require-trusted-types-for": "'script'"}
     assert policy == wanted
-    assert not re.search(r"\bsrc=|@import|https?://(?!www\.w3\.org/2000/svg)", answer.text)
+    assert not re.search(
+        r"\bsrc=|@import|https?://(?!www\.w3\.org/2000/svg)", answer.text
+    )
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|eval\(", answer.text)
     assert " style=" not in answer.text and not re.search(r"\son\w+=", answer.text)
 
@@ -84,7 +84,12 @@ def test_the_page_alone_answers_to_any_name(tiny_folder, prefix):
     app = api.create_app(api.Settings(model=tiny_folder))
     client = TestClient(app, f"http://{FOREIGN}", root_path=prefix)
     assert client.get(prefix + "/").text == api.CHAT_PAGE
-    for method, path in [("GET", "/health"), ("POST", "/"), ("GET", "/docs"), ("GET", "/no")]:
+    for method, path in [
+        ("GET", "/health"),
+        ("POST", "/"),
+        ("GET", "/docs"),
+        ("GET", "/no"),
+    ]:
         assert client.request(method, prefix + path).status_code == 403, path
 
 
@@ -114,7 +119,9 @@ def browser() -> Iterator[Browser]:
 class Chat:
     """The page of a server in a tab of its own, and what a reader does there."""
 
-    def __init__(self, browser: Browser, url: str, path: str = "/", **options: Any) -> None:
+    def __init__(
+        self, browser: Browser, url: str, path: str = "/", **options: Any
+    ) -> None:
         options = {"locale": "en-GB", "reduced_motion": "reduce"} | options
         self.context = browser.new_context(**options)
         self.context.set_default_timeout(1000 * DEADLINE)
@@ -192,7 +199,9 @@ def chat(visit: Open) -> Chat:
     return visit()
 
 
-def test_a_question_and_its_streamed_answer(chat: Chat, counting: Running, say: Say) -> None:
+def test_a_question_and_its_streamed_answer(
+    chat: Chat, counting: Running, say: Say
+) -> None:
     say(b"Par", b"is", " 是".encode(), b" it.")
     expect(chat.page).to_have_title("phi-4")
     with counting.gate as gate:
@@ -276,14 +285,20 @@ def test_stop_before_the_first_word(chat: Chat, counting: Running, say: Say) -> 
 def test_nothing_that_an_answer_contains_can_run(chat: Chat, say: Say) -> None:
     evil = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>"
     evil += "<b>bold</b> [link](javascript:window.ran=1) &lt; \x00\x1b[31m \u202e "
-    say(evil[:9].encode(), evil[9:].encode(), f"\n{FENCE}html\n{evil}\n{FENCE}\n".encode())
+    say(
+        evil[:9].encode(),
+        evil[9:].encode(),
+        f"\n{FENCE}html\n{evil}\n{FENCE}\n".encode(),
+    )
     chat.ask(evil.replace("\x00", ""))
     turn = chat.answered(re.compile("onerror.*onerror", re.DOTALL))
     assert turn.text.locator("p").first.text_content() == evil.strip()
     assert turn.text.locator("code").text_content() == evil + "\n"
     assert turn.question.text_content() == evil.replace("\x00", "")
     assert chat.run("window.ran") is None
-    assert chat.run("document.querySelectorAll('main :is(script, img, b, a)').length") == 0
+    assert (
+        chat.run("document.querySelectorAll('main :is(script, img, b, a)').length") == 0
+    )
     assert chat.page.url.endswith("/")
 
 
@@ -296,12 +311,27 @@ SHOWN = {
     ),
     "no language": (f"{FENCE}\nx\n{FENCE}", [("", "x\n")]),
     "unclosed": (f"a\n{FENCE}c\nx\ny", ["a", ("c", "x\ny")]),
-    "indented": (f"1. a\n   {FENCE}sh\n   ls\n   {FENCE}\n2. b", ["1. a", ("sh", "   ls\n"), "2. b"]),
-    "longer": (f"{FENCE}`md\n{FENCE}\nx\n{FENCE}\n{FENCE}`\nend", [("md", f"{FENCE}\nx\n{FENCE}\n"), "end"]),
-    "two": (f"{FENCE}a\n1\n{FENCE}\n{FENCE}b\n2\n{FENCE}", [("a", "1\n"), ("b", "2\n")]),
-    "in a line": (f"use {FENCE} and\n{FENCE}x{FENCE} too", [f"use {FENCE} and\n{FENCE}x{FENCE} too"]),
+    "indented": (
+        f"1. a\n   {FENCE}sh\n   ls\n   {FENCE}\n2. b",
+        ["1. a", ("sh", "   ls\n"), "2. b"],
+    ),
+    "longer": (
+        f"{FENCE}`md\n{FENCE}\nx\n{FENCE}\n{FENCE}`\nend",
+        [("md", f"{FENCE}\nx\n{FENCE}\n"), "end"],
+    ),
+    "two": (
+        f"{FENCE}a\n1\n{FENCE}\n{FENCE}b\n2\n{FENCE}",
+        [("a", "1\n"), ("b", "2\n")],
+    ),
+    "in a line": (
+        f"use {FENCE} and\n{FENCE}x{FENCE} too",
+        [f"use {FENCE} and\n{FENCE}x{FENCE} too"],
+    ),
     "only begun": (f"a\n{FENCE}", [f"a\n{FENCE}"]),
-    "in a block": (f"{FENCE}md\n{FENCE}py\nx\n{FENCE}\nend", [("md", f"{FENCE}py\nx\n"), "end"]),
+    "in a block": (
+        f"{FENCE}md\n{FENCE}py\nx\n{FENCE}\nend",
+        [("md", f"{FENCE}py\nx\n"), "end"],
+    ),
 }
 READ = """[...document.querySelectorAll("section:last-of-type > div:first-of-type > *")]
   .filter((element) => element.textContent)
@@ -318,11 +348,18 @@ def test_code_is_shown_as_code_whole_and_letter_by_letter(chat: Chat, say: Say) 
             chat.ask(name)
             expect(chat.turns).to_have_count(count + 1)
             expect(chat.turn().note).to_have_text("Complete")
-            told = [part if isinstance(part, str) else [part[0].replace("Copy", ""), part[1]] for part in chat.run(READ)]
+            told = [
+                part
+                if isinstance(part, str)
+                else [part[0].replace("Copy", ""), part[1]]
+                for part in chat.run(READ)
+            ]
             assert told == expected, name
 
 
-def test_a_growing_answer_is_never_made_again(chat: Chat, counting: Running, say: Say) -> None:
+def test_a_growing_answer_is_never_made_again(
+    chat: Chat, counting: Running, say: Say
+) -> None:
     """Text is added to the nodes that are there: what a reader has selected stays so,
     and half a fence is not shown."""
     say(b"one", b" two", b"\n``", b"`py\n", b"x", b" = 1", f"\n{FENCE}\nend".encode())
@@ -436,7 +473,9 @@ def test_waiting_for_a_full_server_can_be_stopped_and_ends(
     assert len(chat.sent) == 7
 
 
-def test_loading(visit: Open, counting: Running, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading(
+    visit: Open, counting: Running, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
     say(b"yes")
     with monkeypatch.context() as patch:
         patch.setattr(counting.engine, "phase", "loading")
@@ -530,7 +569,10 @@ def test_an_input_method_takes_enter_for_itself(chat: Chat, say: Say) -> None:
     say("好".encode())
     chat.field.focus()
     devtools = chat.context.new_cdp_session(chat.page)
-    devtools.send("Input.imeSetComposition", {"text": "ni", "selectionStart": 2, "selectionEnd": 2})
+    devtools.send(
+        "Input.imeSetComposition",
+        {"text": "ni", "selectionStart": 2, "selectionEnd": 2},
+    )
     enter = {"type": "rawKeyDown", "key": "Enter", "windowsVirtualKeyCode": 13}
     devtools.send("Input.dispatchKeyEvent", enter)
     devtools.send("Input.insertText", {"text": "你"})
@@ -589,9 +631,16 @@ def test_each_text_is_there_in_both_languages() -> None:
     assert {a or b for a, b in used} <= {name for name, *_ in pairs}
 
 
-@pytest.mark.parametrize(("locale", "told"), [("en", "Start it with"), ("zh-CN", "重新启动")])
+@pytest.mark.parametrize(
+    ("locale", "told"), [("en", "Start it with"), ("zh-CN", "重新启动")]
+)
 def test_a_foreign_name_is_told_what_to_do(
-    visit: Open, counting: Running, say: Say, monkeypatch: pytest.MonkeyPatch, locale: str, told: str
+    visit: Open,
+    counting: Running,
+    say: Say,
+    monkeypatch: pytest.MonkeyPatch,
+    locale: str,
+    told: str,
 ) -> None:
     url = counting.url.replace("127.0.0.1", FOREIGN)
     chat = visit(url, locale=locale)
@@ -607,9 +656,7 @@ def test_a_foreign_name_is_told_what_to_do(
 
 
 @pytest.mark.parametrize("path", ["/phi4/", "/phi4", "/a/b/?q=1#part"])
-def test_behind_a_prefix(
-    visit: Open, counting: Running, say: Say, path: str
-) -> None:
+def test_behind_a_prefix(visit: Open, counting: Running, say: Say, path: str) -> None:
     """A proxy takes the prefix away: here it is the browser."""
     say(b"yes")
     prefix = re.match(r"/(phi4|a/b)", path)[0]
@@ -625,7 +672,11 @@ def test_behind_a_prefix(
     chat.ask()
     chat.answered("yes")
     assert all(prefix in url for url in seen), seen
-    assert {re.sub(r".*" + prefix, "", url) for url in seen[1:]} == {"/", "/health", "/v1/models"}
+    assert {re.sub(r".*" + prefix, "", url) for url in seen[1:]} == {
+        "/",
+        "/health",
+        "/v1/models",
+    }
     docs = chat.page.get_by_role("link", name="API")
     assert chat.run("docs.href").endswith(prefix + "/docs")
     docs.click()
@@ -633,7 +684,9 @@ def test_behind_a_prefix(
     chat.problems.clear()  # /docs looks for its parts at the server's root path
 
 
-def test_the_demo_says_so(visit: Open, counting: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_says_so(
+    visit: Open, counting: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(counting.engine.settings, "demo", True)
     name = visit().page.get_by_role("heading", name="phi-4 (demo model, not phi-4)")
     expect(name).to_be_visible()
@@ -641,7 +694,9 @@ def test_the_demo_says_so(visit: Open, counting: Running, monkeypatch: pytest.Mo
     expect(name).to_have_text("phi-4 （演示模型，不是 phi-4）")
 
 
-def test_it_scrolls_only_for_a_reader_at_the_end(chat: Chat, counting: Running, say: Say) -> None:
+def test_it_scrolls_only_for_a_reader_at_the_end(
+    chat: Chat, counting: Running, say: Say
+) -> None:
     say(*[b"word\n\n" * 40] * 4)
     at_end = "main.scrollHeight - main.scrollTop - main.clientHeight < 2"
     words = "main.textContent.match(/word/g)?.length"
@@ -677,8 +732,13 @@ def test_a_narrow_phone_shows_everything(visit: Open, say: Say) -> None:
     assert chat.run("main.scrollWidth - main.clientWidth") == 0
     assert chat.run("document.documentElement.scrollWidth") == 320
     expect(chat.button).to_be_in_viewport(ratio=1)
-    expect(chat.page.get_by_role("link", name="New conversation")).to_be_in_viewport(ratio=1)
-    assert turn.text.locator("p").last.evaluate("e => getComputedStyle(e).direction") == "rtl"
+    expect(chat.page.get_by_role("link", name="New conversation")).to_be_in_viewport(
+        ratio=1
+    )
+    assert (
+        turn.text.locator("p").last.evaluate("e => getComputedStyle(e).direction")
+        == "rtl"
+    )
 
 
 # Of the text of each element and what is behind it, as WCAG counts.
@@ -701,7 +761,11 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_can_be_told_apart(
-    visit: Open, counting: Running, say: Say, scheme: str, monkeypatch: pytest.MonkeyPatch
+    visit: Open,
+    counting: Running,
+    say: Say,
+    scheme: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     say(f"text\n{FENCE}c\ncode\n{FENCE}".encode())
     chat = visit(color_scheme=scheme)
@@ -747,7 +811,12 @@ def test_a_screen_reader_hears_states_and_not_every_word(
         expect(live.filter(has_text="Answering")).to_have_count(1)
     chat.answered("one two")
     expect(live.filter(has_text="Complete")).to_have_count(1)
-    for role, name in [("textbox", "Your question"), ("button", "Send"), ("main", ""), ("heading", "phi-4")]:
+    for role, name in [
+        ("textbox", "Your question"),
+        ("button", "Send"),
+        ("main", ""),
+        ("heading", "phi-4"),
+    ]:
         expect(chat.page.get_by_role(role, name=name)).to_have_count(1)
 
 
@@ -756,13 +825,23 @@ def test_a_screen_reader_hears_states_and_not_every_word(
 # ------------------------------------------------------------------------------
 
 
-def test_docs_answer_a_question_with_a_key_and_behind_a_prefix(visit: Open, counting_folder: Any) -> None:
+def test_docs_answer_a_question_with_a_key_and_behind_a_prefix(
+    visit: Open, counting_folder: Any
+) -> None:
     with running(model=counting_folder, api_key="right", root_path="/phi4") as served:
         chat = visit(served.url)
         page, outside = chat.page, []
         expect(page.locator("#key")).to_be_visible()
-        page.on("request", lambda each: each.url.startswith(served.url + "/phi4/") or outside.append(each.url))
-        page.route("**/phi4/**", lambda route: route.continue_(url=route.request.url.replace("/phi4/", "/")))
+        page.on(
+            "request",
+            lambda each: (
+                each.url.startswith(served.url + "/phi4/") or outside.append(each.url)
+            ),
+        )
+        page.route(
+            "**/phi4/**",
+            lambda route: route.continue_(url=route.request.url.replace("/phi4/", "/")),
+        )
         page.goto(served.url + "/phi4/docs")
         for tag in ("Chat", "OpenAI API", "Server"):
             expect(page.get_by_role("link", name=tag, exact=True)).to_be_visible()
