@@ -984,7 +984,7 @@ pre { margin: 0 0 1rem; padding: .8rem; overflow-x: auto; background: var(--fiel
 code { font: .875rem/1.55 ui-monospace, Menlo, Consolas, monospace; }
 textarea, input, button { font: inherit; color: inherit; background: var(--field); border-radius: 1rem; }
 textarea, input { flex: 1; min-width: 0; padding: .6rem .9rem; border: 1px solid var(--quiet); }
-textarea { field-sizing: content; max-height: 35vh; resize: none; }
+textarea { field-sizing: content; max-height: 35vh; resize: none; } ::placeholder { color: var(--quiet); }
 button { padding: .15rem .75rem; border: 1px solid var(--line); cursor: pointer; }
 form button { padding: .6rem 1.1rem; background: var(--accent); color: var(--page); }
 a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
