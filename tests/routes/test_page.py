@@ -777,6 +777,10 @@ def test_colours_can_be_told_apart(
     assert len(found) >= 11
     for ratio, element in found:
         assert ratio >= 4.5, (ratio, element)
+    hint = "getComputedStyle(field, '::placeholder').color"
+    assert chat.run(hint) == chat.run(
+        "getComputedStyle(document.querySelector('.bar')).color"
+    )
     page = chat.run("getComputedStyle(document.body).backgroundColor")
     assert (int(re.search(r"\d+", page)[0]) < 128) == (scheme == "dark")
 
