@@ -538,6 +538,12 @@ def test_nginx_passes_answers_and_headers_on(nginx: str, server: Running) -> Non
     assert answer.headers["X-Request-ID"]
 
 
+def test_nginx_shows_the_chat_page(nginx: str) -> None:
+    page = requests.get(nginx, timeout=DEADLINE)
+    assert page.text == api.CHAT_PAGE
+    assert "script-src 'sha256-" in page.headers["Content-Security-Policy"]
+
+
 def test_nginx_passes_each_delta_on_at_once(nginx: str, server: Running) -> None:
     body = {"prompt": "hello", "max_new_tokens": 20, "stream": True}
     expected = server.answer(max_new_tokens=20)
