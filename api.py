@@ -41,7 +41,6 @@ import codecs
 import copy
 import gc
 import ipaddress
-import json
 import logging
 import math
 import os
@@ -99,6 +98,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import model_download
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
+    JSON,
     ChatCompletion,
     ChatRequest,
     ChatResponse,
@@ -109,9 +109,9 @@ from py_api import (
     OpenAIRequest,
     SamplingFields,
     Turn,
+    error_response,
     schema_error,
     sse,
-    validation_details,
 )
 
 logger = logging.getLogger("phi4")
@@ -580,44 +580,6 @@ class Engine:
 # ------------------------------------------------------------------------------
 
 
-JSON = "application/json"
-# OpenAI's codes, by status or by pydantic's type of error.
-CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
-CODES |= {"unsupported_parameter": "unsupported_parameter"}
-NOT_FOUND = "No such address. POST / takes a prompt. For OpenAI's API the base URL ends"
-NOT_FOUND += " with /v1: POST /v1/chat/completions, GET /v1/models. /docs shows all."
-
-
-async def error_response(request: Request, error: Any) -> Response:
-    """An error as FastAPI's JSON, or as OpenAI's on its routes."""
-    path = request.scope["path"].removeprefix(request.scope["root_path"])
-    openai = path == "/v1" or path.startswith("/v1/")
-    status = getattr(error, "status_code", 500)
-    detail = message = getattr(error, "detail", "internal error: see the server's log")
-    param = getattr(error, "param", None)
-    code = getattr(error, "code", CODES.get(status))
-    if detail == "Not Found":
-        detail = message = NOT_FOUND
-    request.state.why = detail  # for the log
-    if isinstance(error, RequestValidationError):
-        status = 400 if openai else 422
-        detail = validation_details(error)
-        deepest = max(detail, key=lambda each: len(each["loc"]))
-        param = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, deepest["loc"][1:])))
-        message = f"{param or 'the body'}: {deepest['msg']}"
-        if deepest["type"] == "unsupported_parameter":
-            message = f"{param} {deepest['msg']}"
-        kind = "invalid_type" if deepest["type"].endswith("_type") else "invalid_value"
-        code = CODES.get(deepest["type"], kind) if param else None
-        # The log shall not have names that a client has made up.
-        request.state.why = deepest["msg"] if "extra" in deepest["type"] else message
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    parts = {"message": message, "type": kind, "param": param or None, "code": code}
-    content = {"error": parts} if openai else {"detail": detail}
-    text = json.dumps(content, default=str)
-    return Response(text, status, getattr(error, "headers", None), JSON)
-
-
 CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
 MAX_FIELDS = 10_000  # of a body; a context of 16384 tokens holds 4,000
 
@@ -649,9 +611,11 @@ class BoundedRequest(Request):
             raise HTTPException(400, f"the body has over {MAX_FIELDS} fields")
         try:
             return await super().json()
-        except (UnicodeDecodeError, RecursionError) as error:
+        except UnicodeDecodeError as error:
             why = f"send JSON in UTF-8, not compressed ({error})"
             raise HTTPException(400, why) from error
+        except RecursionError as error:
+            raise HTTPException(400, "the JSON is nested too deeply") from error
 
 
 class SecuredRoute(APIRoute):

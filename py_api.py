@@ -170,7 +170,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
 import pydantic
-from fastapi import HTTPException
+from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
@@ -224,6 +224,44 @@ def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
             kept["msg"] = MESSAGES[each["type"]].format(**each.get("ctx", {}))
         details.append(kept)
     return details
+
+
+JSON = "application/json"
+# OpenAI's codes, by status or by pydantic's type of error.
+CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
+CODES |= {"unsupported_parameter": "unsupported_parameter"}
+NOT_FOUND = "No such address. POST / takes a prompt. For OpenAI's API the base URL ends"
+NOT_FOUND += " with /v1: POST /v1/chat/completions, GET /v1/models. /docs shows all."
+
+
+async def error_response(request: Request, error: Any) -> Response:
+    """An error as FastAPI's JSON, or as OpenAI's on its routes."""
+    path = request.scope["path"].removeprefix(request.scope["root_path"])
+    openai = path == "/v1" or path.startswith("/v1/")
+    status = getattr(error, "status_code", 500)
+    detail = message = getattr(error, "detail", "internal error: see the server's log")
+    param = getattr(error, "param", None)
+    code = getattr(error, "code", CODES.get(status))
+    if detail == "Not Found":
+        detail = message = NOT_FOUND
+    request.state.why = detail  # for the log
+    if isinstance(error, RequestValidationError):
+        status = 400 if openai else 422
+        detail = validation_details(error)
+        deepest = max(detail, key=lambda each: len(each["loc"]))
+        param = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, deepest["loc"][1:])))
+        message = f"{param or 'the body'}: {deepest['msg']}"
+        if deepest["type"] == "unsupported_parameter":
+            message = f"{param} {deepest['msg']}"
+        kind = "invalid_type" if deepest["type"].endswith("_type") else "invalid_value"
+        code = CODES.get(deepest["type"], kind) if param else None
+        # The log shall not have names that a client has made up.
+        request.state.why = deepest["msg"] if "extra" in deepest["type"] else message
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    parts = {"message": message, "type": kind, "param": param or None, "code": code}
+    content = {"error": parts} if openai else {"detail": detail}
+    text = json.dumps(content, default=str)
+    return Response(text, status, getattr(error, "headers", None), JSON)
 
 
 def in_utf8(text: str) -> str:
@@ -461,28 +499,28 @@ body: ({bodies}) "{END_CALL}"
 TEXT: /(.|\\n)*/"""
 
 
-def words(text: str) -> set[str]:
+def keywords(text: str) -> set[str]:
     return {*text.split()}
 
 
 # Keywords whose value is a schema, or a list of them; schemas by name; and others that
 # llguidance 1.9.1 knows. All else is a remark, or (LACKING) cannot be had.
-NESTED = words(
+NESTED = keywords(
     "items additionalItems additionalProperties prefixItems allOf anyOf oneOf"
 )
-NAMED = words("properties patternProperties $defs definitions")
-PLAIN = words("""
+NAMED = keywords("properties patternProperties $defs definitions")
+PLAIN = keywords("""
     $ref $schema type const enum required minItems maxItems minProperties maxProperties
     minLength maxLength pattern format multipleOf minimum maximum exclusiveMinimum
     exclusiveMaximum
 """)
-LACKING = words("""
+LACKING = keywords("""
     $dynamicRef $recursiveRef contains contentSchema dependencies dependentRequired
     dependentSchemas else if maxContains minContains not propertyNames then
     unevaluatedItems unevaluatedProperties uniqueItems
 """)
 # Other formats are remarks, for JSON Schema, and llguidance refuses them.
-FORMATS = words("date-time time date duration email hostname ipv4 ipv6 uuid uri")
+FORMATS = keywords("date-time time date duration email hostname ipv4 ipv6 uuid uri")
 LOOK_AROUND = re.compile(r"\(\?<?[=!]")
 # llguidance's own limits do not stop more than this, which could take minutes and
 # hundreds of MB.
@@ -520,7 +558,7 @@ class Preparation:
         if not isinstance(schema, dict):
             return schema
         kept = {}
-        for key, value in schema.items():
+        for key, value in _without_property_names(schema).items():
             if key in NAMED and isinstance(value, dict):
                 kept[key] = {
                     name: self._schema(each, f"{place}/{key}/{_in_pointer(name)}")
@@ -603,6 +641,22 @@ class Preparation:
                 why = "minProperties can be as many as are required, not more"
                 raise ValueError(why)
             del schema["minProperties"]
+
+
+def _without_property_names(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same without propertyNames, if it can be said in other words, as it can where
+    zod writes it: for a record of texts, or of an enum."""
+    asked, rest = schema.get("propertyNames"), dict(schema)
+    rest.pop("propertyNames", None)
+    if asked is None or asked in ({}, {"type": "string"}):
+        return rest
+    names = asked.get("enum") if isinstance(asked, dict) else None
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or asked.keys() - {"enum", "type"} or rest.get("properties"):
+        return schema
+    others = rest.get("additionalProperties", {})
+    rest["properties"] = dict.fromkeys(names, others)
+    return rest | {"additionalProperties": False}
 
 
 def _in_pointer(name: str) -> str:

@@ -180,6 +180,17 @@ SCHEMAS: dict[str, Any] = {
     "above nothing": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "with remarks": closed(a=INTEGER)
     | {"title": "t", "default": {"a": -(2**63)}, "nullable": True, "x-y": {"not": 5}},
+    "zod's record": {
+        "type": "object",
+        "propertyNames": {"type": "string"},
+        "additionalProperties": INTEGER,
+    },
+    "zod's record of names": {
+        "type": "object",
+        "propertyNames": {"type": "string", "enum": ["a", "b"]},
+        "additionalProperties": INTEGER,
+        "required": ["b"],
+    },
     "not unique": {"type": "array", "items": INTEGER, "uniqueItems": False},
     "array": {"type": "array", "items": INTEGER, "minItems": 2, "maxItems": 4},
     "tuple": {"type": "array", "prefixItems": [INTEGER, LEAF], "items": False},
@@ -469,6 +480,8 @@ BAD = [
     ({"$ref": "http://127.0.0.1:9/schema"}, "http://127.0.0.1:9/schema"),
     ({"not": STRING}, "not"),
     ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"propertyNames": {"pattern": "^a"}}, "propertyNames"),
+    ({"propertyNames": {"enum": [5]}}, "propertyNames"),
     ({"if": INTEGER, "then": {"minimum": 5}}, "if"),
     ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
     ({"type": "string", "pattern": "(unclosed"}, "unclosed"),
