@@ -602,6 +602,7 @@ MEANINGS = (
     (r"Unsatisfiable schema: Regex is empty.*", "no text satisfies all of it"),
     (r"Unsatisfiable schema: (.*)", r"nothing satisfies it: \1"),
     (r"Unable to determine if regex is empty.*", "limits of a text are too complex"),
+    (r"circular references with.*", "a $ref beside other keywords leads to itself"),
     (r"patternProperty regexes.*", "patterns of properties overlap"),
     (r"NoExtensionBias", "nothing satisfies it: a $ref leads only to itself"),
     (r"Pointer '(.*)' does not exist", r"a $ref leads to \1, which does not exist"),

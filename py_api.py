@@ -694,12 +694,11 @@ def _inner_bound(bound: Any, keyword: str) -> Any:
     near = max(-LARGEST, bound) if keyword == "minimum" else min(LARGEST, bound)
     if abs(near) > LARGEST:
         raise ValueError("bounds of numbers beyond 2**63 are not supported")
-    rounded = float(near)
-    if keyword == "minimum" and rounded < near:
-        rounded = math.nextafter(rounded, math.inf)
-    if keyword == "maximum" and rounded > near:
-        rounded = math.nextafter(rounded, -math.inf)
-    return int(rounded)
+    # A multiple of this has at most 15 digits before its zeros, and is a float.
+    step = 1024 * 10 ** (len(str(abs(int(near)))) - 15)
+    if keyword == "minimum":
+        return -(-int(near) // step) * step
+    return int(near) // step * step
 
 
 def _all_but(names: Iterable[str]) -> str:
