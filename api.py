@@ -9,6 +9,7 @@
          -d '{"prompt": "你好", "history": []}'
 
 Routes
+    GET  /                      a chat page for the browser
     POST /                      the tutorial's contract: prompt and history in, both out
     POST /v1/chat/completions   the OpenAI API, with tools and JSON schemas
     GET  /v1/models, /v1/models/{name}   the model that is served
@@ -28,11 +29,11 @@ A request takes one path, whichever route it came by: RequestMiddleware, Secured
 reply(), Engine.submit(), the generation thread, Engine.process_outputs(), and back to
 reply(). One thread owns the model; the event loop never waits for it.
 
-The file follows the data: engine, then routes. Then comes a section on the insides of
-transformers and torch, which a first reading may skip, and last the entry points, with
-what guards a connection. What goes over the wire stands in py_api.py, below a client
-that shows its use. model_download.py has the settings, and looks at the folder and at
-the machine before anything is loaded.
+The file follows the data: engine, then routes, then the chat page, which asks POST /.
+Then comes a section on the insides of transformers and torch, which a first reading may
+skip, and last the entry points, with what guards a connection. What goes over the wire
+stands in py_api.py, below a client that shows its use. model_download.py has the
+settings, and looks at the folder and at the machine before anything is loaded.
 """
 
 import asyncio
@@ -40,7 +41,6 @@ import codecs
 import copy
 import gc
 import ipaddress
-import json
 import logging
 import math
 import os
@@ -50,12 +50,14 @@ import signal
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections import Counter as Counts
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -96,6 +98,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import model_download
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
+    JSON,
     ChatCompletion,
     ChatRequest,
     ChatResponse,
@@ -106,9 +109,9 @@ from py_api import (
     OpenAIRequest,
     SamplingFields,
     Turn,
+    error_response,
     schema_error,
     sse,
-    validation_details,
 )
 
 logger = logging.getLogger("phi4")
@@ -224,6 +227,8 @@ class Generation:
         if token is None:
             return self.finish("stop")
         text = self.held + self.decoder.decode(token)
+        if self.is_json and not self.text and text[:1] != "<":
+            self.mark = None  # JSON, which may have one in a string
         end = self.find_stop(text[: len(text) - length_of_begun(text, [self.mark])])
         self.held = ""
         if end is not None:
@@ -470,16 +475,23 @@ class Engine:
                 await self.compiler_turns.acquire()
         except TimeoutError as error:
             raise unavailable("many schemas wait to be compiled") from error
+        compile_grammar = partial(model_download.compile_grammar, self.ll_tokenizer)
+        work = generation.in_thread(
+            self.compiler, partial(body.matcher, compile_grammar)
+        )
+        compiling = asyncio.ensure_future(work)
+        # A thread cannot be ended: until it ends by itself, nobody else has its turn.
+        compiling.add_done_callback(self.compiled)
         try:
-            compile_grammar = partial(model_download.compile_grammar, self.ll_tokenizer)
-            work = partial(body.matcher, compile_grammar)
             async with asyncio.timeout(COMPILE_SECONDS):
-                return await generation.in_thread(self.compiler, work)
+                return await asyncio.shield(compiling)
         except TimeoutError as error:
-            self.compiler = ThreadPoolExecutor(COMPILERS)  # a thread cannot be ended
             raise schema_error(body.main_schema(), "that takes too long") from error
-        finally:
-            self.compiler_turns.release()
+
+    def compiled(self, compiling: asyncio.Future) -> None:
+        self.compiler_turns.release()
+        if not compiling.cancelled():
+            compiling.exception()  # or asyncio logs one that nobody waits for
 
     async def tokenize(self, turns: list[Turn], generation: Generation) -> list[int]:
         """Token ids of a conversation. Raises a 400 for one that is far too long,
@@ -568,44 +580,6 @@ class Engine:
 # ------------------------------------------------------------------------------
 
 
-JSON = "application/json"
-# OpenAI's codes, by status or by pydantic's type of error.
-CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
-CODES |= {"unsupported_parameter": "unsupported_parameter"}
-NOT_FOUND = "No such address. POST / takes a prompt. For OpenAI's API the base URL ends"
-NOT_FOUND += " with /v1: POST /v1/chat/completions, GET /v1/models. /docs shows all."
-
-
-async def error_response(request: Request, error: Any) -> Response:
-    """An error as FastAPI's JSON, or as OpenAI's on its routes."""
-    path = request.scope["path"].removeprefix(request.scope["root_path"])
-    openai = path == "/v1" or path.startswith("/v1/")
-    status = getattr(error, "status_code", 500)
-    detail = message = getattr(error, "detail", "internal error: see the server's log")
-    param = getattr(error, "param", None)
-    code = getattr(error, "code", CODES.get(status))
-    if detail == "Not Found":
-        detail = message = NOT_FOUND
-    request.state.why = detail  # for the log
-    if isinstance(error, RequestValidationError):
-        status = 400 if openai else 422
-        detail = validation_details(error)
-        deepest = max(detail, key=lambda each: len(each["loc"]))
-        param = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, deepest["loc"][1:])))
-        message = f"{param or 'the body'}: {deepest['msg']}"
-        if deepest["type"] == "unsupported_parameter":
-            message = f"{param} {deepest['msg']}"
-        kind = "invalid_type" if deepest["type"].endswith("_type") else "invalid_value"
-        code = CODES.get(deepest["type"], kind) if param else None
-        # The log shall not have names that a client has made up.
-        request.state.why = deepest["msg"] if "extra" in deepest["type"] else message
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    parts = {"message": message, "type": kind, "param": param or None, "code": code}
-    content = {"error": parts} if openai else {"detail": detail}
-    text = json.dumps(content, default=str)
-    return Response(text, status, getattr(error, "headers", None), JSON)
-
-
 CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
 MAX_FIELDS = 10_000  # of a body; a context of 16384 tokens holds 4,000
 
@@ -637,9 +611,11 @@ class BoundedRequest(Request):
             raise HTTPException(400, f"the body has over {MAX_FIELDS} fields")
         try:
             return await super().json()
-        except (UnicodeDecodeError, RecursionError) as error:
+        except UnicodeDecodeError as error:
             why = f"send JSON in UTF-8, not compressed ({error})"
             raise HTTPException(400, why) from error
+        except RecursionError as error:
+            raise HTTPException(400, "the JSON is nested too deeply") from error
 
 
 class SecuredRoute(APIRoute):
@@ -755,35 +731,34 @@ class Health(BaseModel):
     device: str
 
 
-STREAM = {200: {"content": {"text/event-stream": {}}}}
-TEXT = {200: {"content": {"text/plain": {}}}}
+SSE = {200: {"content": {"text/event-stream": {}}}}
 ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
+TEXT = {200: {"content": {"text/plain": {}}}} | ERRORS
 OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
-OPENAI = STREAM | OPENAI_ERRORS
+OPENAI: Any = {"tags": ["OpenAI API"], "responses": SSE | OPENAI_ERRORS}
 
 
-@secured.post("/", response_model=ChatResponse, responses=STREAM | ERRORS)
-async def chat(request: Request, body: ChatRequest) -> Response:
+@secured.post("/", tags=["Chat"], response_model=ChatResponse, responses=SSE | ERRORS)
+async def ask_the_model(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
     `{"delta": "..."}` for each piece of text, then the whole answer."""
     return await reply(request, body)
 
 
-@secured.post("/v1/chat/completions", response_model=ChatCompletion, responses=OPENAI)
+@secured.post("/v1/chat/completions", response_model=ChatCompletion, **OPENAI)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
 
 
-@secured.get("/v1/models", responses=OPENAI_ERRORS)
-async def models(request: Request) -> ModelList:
+@secured.get("/v1/models", tags=["OpenAI API"], responses=OPENAI_ERRORS)
+async def list_models(request: Request) -> ModelList:
     """The one model that is served."""
-    engine: Engine = request.app.state.engine
-    return ModelList(data=[await model(request, engine.name)])
+    return ModelList(data=[await get_model(request, request.app.state.engine.name)])
 
 
-@secured.get("/v1/models/{name:path}", responses=OPENAI_ERRORS)
-async def model(request: Request, name: str) -> ModelCard:
+@secured.get("/v1/models/{name:path}", tags=["OpenAI API"], responses=OPENAI_ERRORS)
+async def get_model(request: Request, name: str) -> ModelCard:
     """That model, with its context: the tokens of a prompt and its answer together."""
     engine: Engine = request.app.state.engine
     if name != engine.name:
@@ -794,8 +769,8 @@ async def model(request: Request, name: str) -> ModelCard:
 
 
 @public.head("/health", include_in_schema=False)  # as some load balancers ask
-@public.get("/health", responses={503: {"model": Health}})
-async def health(request: Request, response: Response) -> Health:
+@public.get("/health", tags=["Server"], responses={503: {"model": Health}})
+async def check_health(request: Request, response: Response) -> Health:
     """200 when requests are answered; 503 while loading, down or leaving."""
     engine: Engine = request.app.state.engine
     note = " (demo model, not phi-4)" if engine.settings.demo else ""
@@ -815,8 +790,8 @@ WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a plac
 CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 
 
-@secured.get("/metrics", response_class=Response, responses=TEXT | ERRORS)
-async def metrics(request: Request) -> Response:
+@secured.get("/metrics", tags=["Server"], response_class=Response, responses=TEXT)
+async def read_metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
     running = min(len(engine.admitted), engine.settings.max_in_flight)
@@ -874,6 +849,8 @@ def check_head(request: Request) -> None:
         raise HTTPException(400, "Content-Length beside Transfer-Encoding", CLOSE)
     settings: Settings = request.app.state.engine.settings
     names = f"localhost {socket.gethostname()} {settings.host} {settings.allowed_hosts}"
+    if request.method == "GET" and request["path"] == request["root_path"] + "/":
+        names = "*"  # the chat page has no secret, and says what to do about the 403
     host = request.headers.get("host") or "localhost"  # HTTP/1.0 needs none
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
@@ -921,6 +898,7 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
     handled = StarletteHTTPException, RequestValidationError
     app = FastAPIOffline(
         title="phi-4 chat server",
+        version="1.0.0",
         description=DEMO_NOTE if settings.demo else f"Serving {engine.name}.",
         lifespan=engine.lifespan,
         redoc_url=None,
@@ -936,6 +914,234 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
         options = {name: ["*"] for name in lists}
         app.add_middleware(CORSMiddleware, allow_origins=origins, **options)
     return app
+
+
+# ------------------------------------------------------------------------------
+# The chat page, a client of POST / in the browser
+# ------------------------------------------------------------------------------
+
+
+CHAT_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>phi-4</title>
+<meta name="viewport" content="width=device-width, viewport-fit=cover, interactive-widget=resizes-content">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'><text y='14'>φ</text></svg>">
+<style>
+:root { color-scheme: light dark; --page: light-dark(#faf9f7, #17191b); --text: light-dark(#24292e, #e5e4e0);
+  --quiet: light-dark(#5f666d, #a3a8ac); --line: light-dark(#dedbd5, #35393c);
+  --field: light-dark(#ffffff, #202325); --bubble: light-dark(#e6efeb, #23332e);
+  --accent: light-dark(#0b6a57, #74cdb5); --error: light-dark(#a8271b, #ff9d91); }
+* { box-sizing: border-box; } [hidden], p:empty { display: none; }
+body { display: grid; grid-template-rows: auto 1fr auto; height: 100dvh; margin: 0; overflow-wrap: anywhere;
+  font: 1rem/1.65 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif;
+  padding-bottom: env(safe-area-inset-bottom); background: var(--page); color: var(--text); }
+header, main, footer { padding: .6rem max(1rem, env(safe-area-inset-left), 50vw - 23rem); }
+header, form, .bar { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; }
+header, form, .bar { gap: .4rem .8rem; } form { padding-top: .4rem; }
+main { overflow-y: auto; overscroll-behavior: contain; border-block: 1px solid var(--line); }
+h1 { margin: 0 auto 0 0; font-size: 1.05rem; } h2 { margin-top: 25vh; text-align: center; }
+p { margin: 0 0 .8rem; white-space: pre-wrap; }
+section { padding: .3rem; content-visibility: auto; contain-intrinsic-size: auto 12rem; }
+.question { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem .9rem;
+  background: var(--bubble); border-radius: 1.1rem 1.1rem .25rem; }
+.bar { min-height: 2rem; color: var(--quiet); font-size: .85rem; user-select: none; }
+.failed .bar { color: var(--error); user-select: text; }
+pre { margin: 0 0 1rem; padding: .8rem; overflow-x: auto; background: var(--field); border-radius: .7rem; }
+code { font: .875rem/1.55 ui-monospace, Menlo, Consolas, monospace; }
+textarea, input, button { font: inherit; color: inherit; background: var(--field); border-radius: 1rem; }
+textarea, input { flex: 1; min-width: 0; padding: .6rem .9rem; border: 1px solid var(--quiet); }
+textarea { field-sizing: content; max-height: 35vh; resize: none; } ::placeholder { color: var(--quiet); }
+button { padding: .15rem .75rem; border: 1px solid var(--line); cursor: pointer; }
+form button { padding: .6rem 1.1rem; background: var(--accent); color: var(--page); }
+a { color: var(--accent); } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+</style>
+<header><h1 id="model">phi-4</h1><a id="docs">API</a><a href="" data-text="fresh"></a></header>
+<main id="main" tabindex="0"><h2 id="welcome" data-text="welcome">This page needs JavaScript.</h2></main>
+<footer><label for="key"><output id="notice"></output></label>
+<form hidden><input id="key" type="password" autocomplete="off"><button>OK</button></form>
+<form><textarea id="field" rows="1" dir="auto" enterkeyhint="send" autofocus></textarea>
+<button id="send" data-text="send"></button></form></footer>
+<script type="module">
+const TEXTS = { // English, Chinese
+  fresh: ["New conversation", "新对话"], welcome: ["What would you like to know?", "想聊点什么？"],
+  field: ["Your question", "输入问题"], send: ["Send", "发送"], stop: ["Stop", "停止"], copy: ["Copy", "复制"],
+  busy: ["Answering …", "回答中……"], done: ["Complete", "回答完毕"], again: ["Send again", "重新发送"],
+  full: ["The server is full.", "服务器繁忙。"], demo: ["(demo model, not phi-4)", "（演示模型，不是 phi-4）"],
+  failed: ["The server answers with an error.", "服务器返回错误。"], 401: ["This key is wrong.", "密钥不正确。"],
+  key: ["This server wants a key: its PHI4_API_KEY.", "此服务器需要密钥，即它的 PHI4_API_KEY。"],
+  403: [`This server has no key, so it answers only to its own names. Start it with export PHI4_API_KEY=KEY,
+    or with --allowed-hosts ${location.hostname}, and reload this page.`,
+    `服务器没有密钥，不接受此域名。请先 export PHI4_API_KEY=密钥，或用 --allowed-hosts ${location.hostname} 重新启动，再刷新本页。`],
+  loading: ["The model is loading. That takes a minute or more.", "模型正在加载，需要一分钟或更久。"],
+  gone: ["The server does not answer. Does it run?", "服务器没有响应，它在运行吗？"],
+  broken: ["There is no complete answer. This is not part of the conversation.", "回答不完整，不计入对话。"],
+  stopped: ["Stopped. The conversation goes on with what is shown.", "已停止，以上内容计入对话。"],
+  length: ["The answer reached its limit. Ask the model to go on.", "回答达到长度上限，可以让它继续。"],
+  long: ["The conversation is too long for the model. Begin a new one.", "对话太长，请开始新对话。"],
+};
+document.documentElement.lang = navigator.language.startsWith("zh") ? "zh" : "en";
+const say = (name) => TEXTS[name][document.documentElement.lang === "zh" ? 1 : 0];
+const byId = (id) => document.getElementById(id);
+const [main, notice, key, field, send] = ["main", "notice", "key", "field", "send"].map(byId);
+const base = location.origin + location.pathname.replace(/\/*$/, "/"); // also where that is /phi4
+let history = []; // the conversation, as the last answer gave it
+let request = null; // of the answer in progress: abort() ends it, and the server frees its place
+let state = "ok"; // of the server, as far as is known; otherwise the name of what is to be said
+function add(parent, tag, className = "", textContent = "") {
+  const element = Object.assign(document.createElement(tag), { className, textContent, dir: "auto" });
+  return parent.appendChild(element);
+}
+function addCopy(bar, element) {
+  add(bar, "button", "", say("copy")).onclick = () => {
+    getSelection().selectAllChildren(element);
+    document.execCommand("copy"); // navigator.clipboard is there over https only
+  };
+  return element;
+}
+const addCode = (parent, language) =>
+  addCopy(add(parent, "div", "bar", language), add(add(parent, "pre"), "code"));
+
+// Show what has come of an answer. Lines of ``` enclose code; the last line may be the beginning of one.
+// Each part has a text node that only grows, so that a long answer costs no more than a short one.
+function show(answer, parent, nodes, isWhole) {
+  const follows = main.scrollHeight - main.scrollTop < main.clientHeight + 50;
+  const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*(``?|```.*)?$/, "$1");
+  const parts = text.split(/^[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t]*\1[ \t]*$|(?![^]))/m);
+  for (let i = 0; i < parts.length; i += i % 4 ? 1 : 3) { // text, ```, language, code, text ...
+    const isCode = i % 4 === 3, part = isCode ? parts[i] : parts[i].trim();
+    nodes[i] ??= (isCode ? addCode(parent, parts[i - 1]) : add(parent, "p")).appendChild(new Text());
+    nodes[i].appendData(part.slice(nodes[i].length));
+  }
+  if (follows) main.scrollTop = main.scrollHeight;
+}
+
+function call(path, options) {
+  const bytes = String.fromCharCode(...new TextEncoder().encode(key.value.trim())); // headers are bytes
+  const headers = { "Content-Type": "application/json", Authorization: `Bearer ${bytes}` };
+  return fetch(base + path, { headers, ...options });
+}
+// Learn how the server is and whether it wants a key, and say so. While it cannot answer, look again.
+async function look() {
+  try {
+    const { status = 403, model = "phi-4" } = await (await call("health")).json();
+    byId("model").textContent = document.title = model.replace(TEXTS.demo[0], say("demo"));
+    let found = status === "ok" || status in TEXTS ? status : "gone";
+    // This needs the key, too, and costs nothing.
+    if (found === "ok" && (await call("v1/models")).status === 401) found = key.value ? 401 : "key";
+    state = found;
+  } catch { state = "gone"; } // no connection, or no JSON
+  notice.textContent = state === "ok" ? "" : say(state);
+  key.form.hidden = state !== 401 && state !== "key";
+  if (state === "loading" || state === "gone") setTimeout(look, 2000);
+}
+
+const inWords = (detail) => // which is a text, or a list of wrong fields
+  `${say(/context_length/.test(detail) ? "long" : "failed")} (${detail[0]?.msg ?? detail})`;
+
+// Send a question. Where all places are taken, try a few times.
+async function post(body, signal, note) {
+  for (let attempt = 1; ; attempt++) {
+    const response = await call("", { method: "POST", body: JSON.stringify(body), signal });
+    if (response.ok) return response;
+    const { detail } = await response.json().catch(() => ({ detail: response.statusText }));
+    if (response.status !== 503 || attempt > 5) throw new Error(inWords(detail));
+    const seconds = attempt * (response.headers.get("Retry-After") ?? 1);
+    note.textContent = `${say("full")} ${say("again")}: ${seconds} s`;
+    await new Promise((retry, stop) => { setTimeout(retry, 1000 * seconds); signal.onabort = stop; });
+  }
+}
+// The data of server-sent events. Other lines are their names, and comments (": ping").
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const lines = (text + part.value).split("\n");
+    text = lines.pop(); // not complete yet
+    for (const line of lines) if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
+  }
+}
+
+async function ask(prompt) {
+  const { signal } = (request = new AbortController()), nodes = [];
+  const turn = add(main, "section");
+  add(turn, "p", "question", prompt);
+  const body = add(turn, "div"), bar = add(turn, "div", "bar"), note = add(bar, "output", "", say("busy"));
+  send.textContent = say("stop");
+  main.scrollTop = main.scrollHeight;
+  let answer = "", given, frame;
+  try {
+    const response = await post({ prompt, history, stream: true }, signal, note);
+    for await (const event of events(response)) {
+      if (event.detail) throw new Error(inWords(event.detail));
+      answer += event.delta ?? "";
+      frame ??= requestAnimationFrame(() => { frame = null; show(answer, body, nodes); });
+      given ??= event.history;
+      if (event.finish_reason) note.textContent = say(event.finish_reason === "length" ? "length" : "done");
+    }
+    if (!given) throw new Error(say("broken"));
+    history = given;
+  } catch (error) {
+    if (signal.aborted && answer) { // the server gives no history back: it is what is shown
+      history = [...history, { role: "user", content: prompt }, { role: "assistant", content: answer }];
+      note.textContent = say("stopped");
+    } else { // the turn is shown, but it is not in the history
+      turn.className = "failed";
+      note.textContent = error.name === "Error" ? error.message : say("broken");
+      add(bar, "button", "", say("again")).onclick = () => { if (!request) { turn.remove(); ask(prompt); } };
+      look();
+    }
+  }
+  show(answer, body, nodes, true);
+  if (answer) addCopy(bar, body);
+  request = null;
+  send.textContent = say("send");
+}
+
+field.form.onsubmit = (event) => {
+  event.preventDefault();
+  if (request) return request.abort();
+  if (state !== "ok" || !field.value.trim()) return;
+  byId("welcome")?.remove();
+  ask(field.value.toWellFormed()); // no half characters
+  field.value = "";
+};
+field.onkeydown = (event) => {
+  const isComposing = event.isComposing || event.keyCode === 229; // which is how Safari says it
+  if (event.key !== "Enter" || event.shiftKey || isComposing) return;
+  event.preventDefault();
+  if (!request) field.form.requestSubmit();
+};
+key.form.onsubmit = async (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(base, key.value);
+  await look();
+  if (state === "ok") field.focus();
+};
+for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
+byId("docs").href = base + "docs";
+field.placeholder = field.ariaLabel = say("field");
+key.value = sessionStorage.getItem(base);
+look();
+</script>
+"""
+
+
+def hashed(tag: str) -> str:
+    """The page's script or style, as a Content-Security-Policy names it."""
+    text = re.search(f"<{tag}.*?>(.*)</{tag}>", CHAT_PAGE, re.DOTALL)[1]
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+# The browser loads nothing else for the page, and runs no other script.
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; connect-src 'self'; "
+POLICY += "frame-ancestors 'none'; img-src data:; require-trusted-types-for 'script'; "
+POLICY += f"script-src {hashed('script')}; style-src {hashed('style')}"
+PAGE_HEADERS = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
+PAGE_HEADERS |= {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+
+
+@public.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+async def chat_page() -> Response:
+    """The same for everyone: it needs no key, no model and no name of this machine."""
+    return Response(CHAT_PAGE, 200, PAGE_HEADERS, "text/html")
 
 
 # ------------------------------------------------------------------------------

@@ -578,16 +578,22 @@ def compile_grammar(tokenizer: Any, grammar: str) -> Any:
 
     limits = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    matcher.compute_bitmask()  # the first takes longest, and finds empty languages
+    mask = matcher.compute_bitmask()  # the first takes longest, finds empty languages
+    if not matcher.is_error():
+        byte = next(n for n, bits in enumerate(mask) if bits)
+        matcher.consume_token(8 * byte + (mask[byte] & -mask[byte]).bit_length() - 1)
+        matcher.compute_bitmask()  # the second finds what is too complex
     if why := error_of(matcher):
         raise ValueError(why)
+    matcher.reset()
     return matcher
 
 
 # What llguidance says in words of its own, and what it means to the author of a schema.
+TOO_COMPLEX = "it is too complex"
 MEANINGS = (
-    (r"Unimplemented keys: \[(.*)\]", r"\1 cannot be used"),
     (r"oneOf .*coerce_one_of.*", "oneOf needs alternatives that exclude each other"),
+    (r'failed to parse "%json": recursion.*', "it is nested too deeply"),
     (r'failed to parse "%json": .*', "not JSON: a lone surrogate, NaN or Infinity"),
     (r"regex parse error: .*error: (.*)", r"a pattern or a limit: \1"),
     (r"regex parse error: .*", "a pattern or a limit is too long"),
@@ -596,12 +602,11 @@ MEANINGS = (
     (r"Unsatisfiable schema: Regex is empty.*", "no text satisfies all of it"),
     (r"Unsatisfiable schema: (.*)", r"nothing satisfies it: \1"),
     (r"Unable to determine if regex is empty.*", "limits of a text are too complex"),
+    (r"patternProperty regexes.*", "patterns of properties overlap"),
     (r"NoExtensionBias", "nothing satisfies it: a $ref leads only to itself"),
     (r"Pointer '(.*)' does not exist", r"a $ref leads to \1, which does not exist"),
-    (r"Resource '(.*)' is not present.*", r"a $ref leads out of the schema: \1"),
     (r"Expected f64", "Expected a number"),
-    (r"(grammar size|initial lexer|lexer|parser|fuel) .*", "it is too complex"),
-    (r"DNF too large.*|Schema intersection stack.*", "it is too complex"),
+    (r"(grammar size|initial lexer|lexer|parser|fuel|DNF|Schema inter).*", TOO_COMPLEX),
 )
 
 
@@ -610,8 +615,9 @@ def error_of(matcher: Any) -> str:
     why = re.split(r"\n +\d+ \| |<non-verbose", matcher.get_error())[0]
     why = one_line(why.rpartition("JSON schema: ")[2])
     for words_of_library, meaning in MEANINGS:
-        if re.match(words_of_library, why):
-            return re.sub(words_of_library, meaning, why, count=1)
+        if re.match(words_of_library, why, re.IGNORECASE):
+            why = re.sub(words_of_library, meaning, why, flags=re.IGNORECASE)
+            break
     return why
 
 

@@ -167,9 +167,10 @@ from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 import pydantic
-from fastapi import HTTPException
+from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
@@ -193,15 +194,18 @@ class ClientError(HTTPException):
 SCHEMA_ERRORS = (ValueError, TypeError, ArithmeticError, RecursionError)
 
 
-def schema_error(param: str, why: str) -> ClientError:
+def schema_error(param: str, why: str | Exception) -> ClientError:
     """The schema of an answer or of a function cannot be used."""
+    if isinstance(why, RecursionError):
+        why = "it is nested too deeply"
     return ClientError(f"{param}: the JSON schema cannot be used: {why}", param)
 
 
 # Where pydantic's own words would be arithmetic.
 MESSAGES = {"too_long": "has more than {max_length} entries", "too_short": "is empty"}
 MESSAGES["string_unicode"] = "has a lone surrogate, which no UTF-8 text has"
-MESSAGES |= dict.fromkeys(("model_type", "model_attributes_type"), "is no object")
+NO_OBJECT = "model_type", "model_attributes_type", "dict_type"
+MESSAGES |= dict.fromkeys(NO_OBJECT, "is no object")
 
 
 def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
@@ -220,6 +224,44 @@ def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
             kept["msg"] = MESSAGES[each["type"]].format(**each.get("ctx", {}))
         details.append(kept)
     return details
+
+
+JSON = "application/json"
+# OpenAI's codes, by status or by pydantic's type of error.
+CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
+CODES |= {"unsupported_parameter": "unsupported_parameter"}
+NOT_FOUND = "No such address. POST / takes a prompt. For OpenAI's API the base URL ends"
+NOT_FOUND += " with /v1: POST /v1/chat/completions, GET /v1/models. /docs shows all."
+
+
+async def error_response(request: Request, error: Any) -> Response:
+    """An error as FastAPI's JSON, or as OpenAI's on its routes."""
+    path = request.scope["path"].removeprefix(request.scope["root_path"])
+    openai = path == "/v1" or path.startswith("/v1/")
+    status = getattr(error, "status_code", 500)
+    detail = message = getattr(error, "detail", "internal error: see the server's log")
+    param = getattr(error, "param", None)
+    code = getattr(error, "code", CODES.get(status))
+    if detail == "Not Found":
+        detail = message = NOT_FOUND
+    request.state.why = detail  # for the log
+    if isinstance(error, RequestValidationError):
+        status = 400 if openai else 422
+        detail = validation_details(error)
+        deepest = max(detail, key=lambda each: len(each["loc"]))
+        param = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, deepest["loc"][1:])))
+        message = f"{param or 'the body'}: {deepest['msg']}"
+        if deepest["type"] == "unsupported_parameter":
+            message = f"{param} {deepest['msg']}"
+        kind = "invalid_type" if deepest["type"].endswith("_type") else "invalid_value"
+        code = CODES.get(deepest["type"], kind) if param else None
+        # The log shall not have names that a client has made up.
+        request.state.why = deepest["msg"] if "extra" in deepest["type"] else message
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    parts = {"message": message, "type": kind, "param": param or None, "code": code}
+    content = {"error": parts} if openai else {"detail": detail}
+    text = json.dumps(content, default=str)
+    return Response(text, status, getattr(error, "headers", None), JSON)
 
 
 def in_utf8(text: str) -> str:
@@ -367,8 +409,13 @@ CALL_MARK, MAX_CALLS = "<tool_call>", 16
 CALL, END_CALL = CALL_MARK + '{"name": "%s", "arguments": ', "}</tool_call>"
 ENDS_OF_CALL = tuple(END_CALL[:length] for length in range(1, len(END_CALL)))
 CALL_HEAD = re.compile(CALL % '([^"]+)')
-# Also what reads like a mark: in capitals, full width, or with something between.
-MARKS = re.compile(r"[<＜﹤‹〈](?=\W{0,4}tool[\W_]{0,4}(call|response))", re.IGNORECASE)
+# Also what reads like a mark: in capitals, in full width, with something between its
+# words, or something that nobody sees inside of them.
+UNSEEN = "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]*"
+TOOL, OF_TOOL = UNSEEN.join("tool"), f"{UNSEEN.join('call')}|{UNSEEN.join('response')}"
+MARKS = re.compile(
+    f"[<＜﹤‹〈⟨《«](?=[\\W_]{{0,9}}{TOOL}[\\W_]{{0,9}}({OF_TOOL}))", re.IGNORECASE
+)
 FUNCTIONS = """You can call functions. Each of these lines describes one, as JSON:
 %s
 To call a function, write nothing but
@@ -452,113 +499,207 @@ body: ({bodies}) "{END_CALL}"
 TEXT: /(.|\\n)*/"""
 
 
+def keywords(text: str) -> set[str]:
+    return {*text.split()}
+
+
+# Keywords whose value is a schema, or a list of them; schemas by name; and others that
+# llguidance 1.9.1 knows. All else is a remark, or (LACKING) cannot be had.
+NESTED = keywords(
+    "items additionalItems additionalProperties prefixItems allOf anyOf oneOf"
+)
+NAMED = keywords("properties patternProperties $defs definitions")
+PLAIN = keywords("""
+    $ref $schema type const enum required minItems maxItems minProperties maxProperties
+    minLength maxLength pattern format multipleOf minimum maximum exclusiveMinimum
+    exclusiveMaximum
+""")
+LACKING = keywords("""
+    $dynamicRef $recursiveRef contains contentSchema dependencies dependentRequired
+    dependentSchemas else if maxContains minContains not propertyNames then
+    unevaluatedItems unevaluatedProperties uniqueItems
+""")
 # Other formats are remarks, for JSON Schema, and llguidance refuses them.
-FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6")
-FORMATS += ("uuid", "uri")
+FORMATS = keywords("date-time time date duration email hostname ipv4 ipv6 uuid uri")
 LOOK_AROUND = re.compile(r"\(\?<?[=!]")
-DATA = ("const", "enum", "default", "examples")
-NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 # llguidance's own limits do not stop more than this, which could take minutes and
 # hundreds of MB.
-MAX_SCHEMA, MAX_MULTIPLE = 262_144, 20_000
-MAX_PATTERNS, MAX_PATTERN_PLACES = 100, 8
-# It counts in floats: integers above EXACT lose digits, and -2**63 ends the process with
-# a stack overflow. LARGEST is the last float before 2**63.
+MAX_SCHEMA, MAX_MULTIPLE, MAX_PATTERNS, MAX_NAME = 262_144, 20_000, 100, 64
+# It counts in floats: integers from EXACT on lose digits, and -2**63 ends the process
+# with a stack overflow. LARGEST is the last float before 2**63.
 EXACT, LARGEST = 2**53, 2**63 - 1024
 
 
-def _prepared(schema: Any, lenient: bool) -> Any:
-    """As llguidance 1.9.1 can have it, so that what it lets through validates. Lenient
-    leaves out what it does not know. Raises ValueError."""
-    if isinstance(schema, list):
-        return [_prepared(each, lenient) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {}
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, dict):  # its keys are names
-            kept[key] = {name: _prepared(each, lenient) for name, each in value.items()}
+class Preparation:
+    """Makes a JSON schema what llguidance can have, so that what it lets through
+    validates. Lenient leaves out what it lacks; otherwise that is a ValueError."""
+
+    def __init__(self, lenient: bool) -> None:
+        self.lenient = lenient
+        self.places: set[str] = set()  # JSON pointers to schemas
+        self.refs: set[str] = set()
+        self.num_patterns = 0
+
+    def prepared(self, schema: Any) -> Any:
+        """The whole schema. Raises ValueError."""
+        kept = self._schema(schema, "")
+        # Elsewhere may be what only looks like a schema, and has not been looked at.
+        if wrong := [ref for ref in self.refs if unquote(ref[1:]) not in self.places]:
+            why = f"a $ref leads to {min(wrong)[:100]}, which is no schema in it"
+            raise ValueError(why)
+        if self.num_patterns > MAX_PATTERNS:
+            raise ValueError(f"it has over {MAX_PATTERNS} patternProperties")
+        return kept
+
+    def _schema(self, schema: Any, place: str) -> Any:
+        self.places.add(place)
+        if isinstance(schema, list):
+            return [self._schema(each, f"{place}/{n}") for n, each in enumerate(schema)]
+        if not isinstance(schema, dict):
+            return schema
+        kept = {}
+        for key, value in _without_property_names(schema).items():
+            if key in NAMED and isinstance(value, dict):
+                kept[key] = {
+                    name: self._schema(each, f"{place}/{key}/{_in_pointer(name)}")
+                    for name, each in value.items()
+                }
+            elif key in NESTED:
+                kept[key] = self._schema(value, f"{place}/{key}")
+            elif key in PLAIN or key in NAMED:
+                kept[key] = value
+            elif key in LACKING and value is not False and not self.lenient:
+                raise ValueError(f'"{key}" cannot be used')
+        if isinstance(ref := kept.get("$ref"), str):
+            if not ref.startswith("#"):
+                raise ValueError(f"a $ref leads out of the schema: {ref[:100]}")
+            self.refs.add(ref)
+        self._text(kept)
+        self._numbers(kept)
+        self._object(kept)
+        return kept
+
+    def _text(self, schema: dict[str, Any]) -> None:
+        """llguidance lets quotes and backslashes through where a pattern excludes them,
+        but not control characters: so control characters are excluded, too."""
+        name, pattern = schema.get("format"), schema.get("pattern")
+        if isinstance(name, str) and name not in FORMATS:
+            del schema["format"]
+        if not isinstance(pattern, str):
+            return
+        unknown = LOOK_AROUND.search(pattern) or r"\P{" in pattern
+        if unknown and self.lenient:  # such as zod's for an address
+            del schema["pattern"]
+        elif r"\P{" in pattern:
+            raise ValueError(r"a pattern: \P{...} cannot be used")
         else:
-            kept[key] = value if key in DATA else _prepared(value, lenient)
-    _prepare_text(kept, lenient)
-    _prepare_numbers(kept)
-    _prepare_object(kept, lenient)
-    return kept
+            schema["pattern"] = without_tabs(pattern)
+
+    def _numbers(self, schema: dict[str, Any]) -> None:
+        for keyword in ("const", "enum"):
+            if _has_inexact(schema.get(keyword)):
+                why = f"{keyword} has a number of more digits than can be kept"
+                raise ValueError(why)
+        for keyword in ("minimum", "maximum"):
+            if keyword in schema:
+                schema[keyword] = _inner_bound(schema[keyword], keyword)
+        for keyword in ("minimum", "maximum"):
+            exclusive = f"exclusive{keyword.title()}"
+            bound = schema.get(exclusive)
+            if isinstance(bound, int | float) and not isinstance(bound, bool):
+                # It may let an exclusive bound through; a step further in, it does not.
+                bound = _inner_bound(bound, keyword)
+                whole = schema.get("type") == "integer" and isinstance(bound, int)
+                step = 1 if whole else max(abs(bound), 1) * 1e-9
+                step = step if keyword == "minimum" else -step
+                del schema[exclusive]
+                inside = _narrower(schema.get(keyword), bound + step, keyword)
+                schema[keyword] = _inner_bound(inside, keyword)
+
+    def _object(self, schema: dict[str, Any]) -> None:
+        """Keep keys apart. llguidance takes "\\u0061" for another key than "a" where it
+        knows only which names a key may not be, but not where a pattern says what it
+        is. And it counts a repeated key twice."""
+        names, patterns = schema.get("properties"), schema.get("patternProperties")
+        others = schema.get("additionalProperties", True)
+        if isinstance(patterns, dict):
+            self.num_patterns += len(patterns)
+            pairs = patterns.items()
+            patterns = {without_tabs(pattern): value for pattern, value in pairs}
+            schema |= {"patternProperties": patterns, "additionalProperties": False}
+        elif isinstance(names, dict) and names and others is not False:
+            schema["additionalProperties"] = False
+            if others in (True, {}) and all(map(str.isprintable, names)):
+                schema["patternProperties"] = {"": {}}
+            elif max(map(len, names)) <= MAX_NAME:
+                self.num_patterns += 1
+                schema["patternProperties"] = {f"^{_all_but(names)}$": others}
+        least, required = schema.get("minProperties"), schema.get("required")
+        if isinstance(least, int) and least > 1:
+            certain = len({*map(str, required)}) if isinstance(required, list) else 0
+            if least > certain and not self.lenient:
+                why = "minProperties can be as many as are required, not more"
+                raise ValueError(why)
+            del schema["minProperties"]
 
 
-def _prepare_text(schema: dict[str, Any], lenient: bool) -> None:
-    """Leave out unknown formats and, if lenient, unknown patterns, such as zod's of an
-    address."""
-    name, pattern = schema.get("format"), schema.get("pattern")
-    if isinstance(name, str) and name not in FORMATS:
-        del schema["format"]
-    if lenient and isinstance(pattern, str) and LOOK_AROUND.search(pattern):
-        del schema["pattern"]
+def _without_property_names(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same without propertyNames, if it can be said in other words, as it can where
+    zod writes it: for a record of texts, or of an enum."""
+    asked, rest = schema.get("propertyNames"), dict(schema)
+    rest.pop("propertyNames", None)
+    if asked is None or asked in ({}, {"type": "string"}):
+        return rest
+    names = asked.get("enum") if isinstance(asked, dict) else None
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or asked.keys() - {"enum", "type"} or rest.get("properties"):
+        return schema
+    others = rest.get("additionalProperties", {})
+    rest["properties"] = dict.fromkeys(names, others)
+    return rest | {"additionalProperties": False}
 
 
-def _prepare_numbers(schema: dict[str, Any]) -> None:
-    """Raises ValueError for numbers that llguidance would take for others."""
-    for keyword in ("const", "enum"):
-        if _has_inexact(schema.get(keyword)):
-            raise ValueError(f"integers beyond 2**53 in {keyword} are not supported")
-    for keyword in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
-        if keyword in schema:
-            schema[keyword] = _inner_bound(schema[keyword], "inimum" in keyword)
-    low = schema.get("exclusiveMinimum", schema.get("minimum"))
-    high = schema.get("exclusiveMaximum", schema.get("maximum"))
-    exclusive = schema.keys() & {"exclusiveMinimum", "exclusiveMaximum"}
-    numbers = all(isinstance(each, int | float) for each in (low, high))
-    close = bool(exclusive) and numbers and high < low + 1
-    if close and schema.get("type") != "integer":
-        raise ValueError("exclusive bounds less than 1 apart are not supported")
+def _in_pointer(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def without_tabs(pattern: str) -> str:
+    """A regular expression whose classes of other characters have no tab, either."""
+    return re.sub(
+        r"\\.|\[\^(?!\])", lambda part: part[0].replace("[^", r"[^\t"), pattern
+    )
 
 
 def _has_inexact(data: Any) -> bool:
-    """Whether JSON has an integer that a float does not hold."""
+    """Whether JSON has a number that llguidance would change."""
     if isinstance(data, dict):
         return _has_inexact([*data.values()])
     if isinstance(data, list):
         return any(map(_has_inexact, data))
-    return isinstance(data, int) and abs(data) > EXACT
+    if isinstance(data, float) and float(f"{data:.15g}") != data:
+        return True
+    return isinstance(data, int | float) and not abs(data) < EXACT
 
 
-def _inner_bound(bound: Any, is_minimum: bool) -> Any:
+def _narrower(bound: Any, other: Any, keyword: str) -> Any:
+    if not isinstance(bound, int | float):
+        return other if bound is None else bound
+    return max(bound, other) if keyword == "minimum" else min(bound, other)
+
+
+def _inner_bound(bound: Any, keyword: str) -> Any:
     """The nearest bound that llguidance has exactly, so that no answer is outside."""
-    if not isinstance(bound, int | float) or not abs(bound) > EXACT:
+    if not isinstance(bound, int | float) or not abs(bound) >= EXACT:
         return bound
-    near = max(-LARGEST, bound) if is_minimum else min(LARGEST, bound)
+    near = max(-LARGEST, bound) if keyword == "minimum" else min(LARGEST, bound)
     if abs(near) > LARGEST:
         raise ValueError("bounds of numbers beyond 2**63 are not supported")
     rounded = float(near)
-    if is_minimum and rounded < near:
+    if keyword == "minimum" and rounded < near:
         rounded = math.nextafter(rounded, math.inf)
-    if not is_minimum and rounded > near:
+    if keyword == "maximum" and rounded > near:
         rounded = math.nextafter(rounded, -math.inf)
     return int(rounded)
-
-
-def _prepare_object(schema: dict[str, Any], lenient: bool) -> None:
-    """Keep keys apart. llguidance takes "\\u0061" for another key than "a" where it knows
-    only which names a key may not be, but not where a pattern says what it is. And it
-    counts a repeated key twice. Raises ValueError."""
-    names, patterns = schema.get("properties"), schema.get("patternProperties")
-    others = schema.get("additionalProperties", True)
-    if isinstance(patterns, dict):
-        if len(patterns) > MAX_PATTERNS:
-            raise ValueError(f"over {MAX_PATTERNS} patternProperties in one place")
-        schema["additionalProperties"] = False
-    elif isinstance(names, dict) and names and others is not False:
-        plain = others is True or others == {}
-        pattern = "" if plain else f"^{_all_but(names)}$"
-        schema["patternProperties"] = {pattern: {} if plain else others}
-        schema["additionalProperties"] = False
-    least, required = schema.get("minProperties"), schema.get("required")
-    if isinstance(least, int) and least > 1:
-        certain = len({*map(str, required)}) if isinstance(required, list) else 0
-        if least > certain and not lenient:
-            why = "minProperties is supported up to the number of required properties"
-            raise ValueError(why)
-        del schema["minProperties"]
 
 
 def _all_but(names: Iterable[str]) -> str:
@@ -567,8 +708,8 @@ def _all_but(names: Iterable[str]) -> str:
     for name in names:
         rests.setdefault(name[:1], []).append(name[1:])
     whole = rests.pop("", None)  # one of them ends here
-    other = f"[^{re.escape(''.join(rests))}]" if rests else "[\\s\\S]"
-    ways = [f"{other}[\\s\\S]*"]
+    other = f"[^\\t{re.escape(''.join(rests))}]" if rests else r"[\s\S]"
+    ways = [rf"{other}[\s\S]*"]
     ways += [re.escape(first) + _all_but(rest) for first, rest in rests.items()]
     return f"({'|'.join(ways)}){'' if whole else '?'}"
 
@@ -578,7 +719,8 @@ def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     llguidance's options does not count. Raises ValueError for what takes too long."""
     options = {"whitespace_flexible": False, "lenient": lenient}
     options |= {"item_separator": ", ", "key_separator": ": "}
-    text = json.dumps(_prepared(schema, lenient) | {"x-guidance": options})
+    prepared = Preparation(lenient).prepared(schema)
+    text = json.dumps(prepared | {"x-guidance": options})
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"it has over {MAX_SCHEMA} characters")
     multiple = 1
@@ -587,8 +729,6 @@ def _json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
         if multiple > MAX_MULTIPLE:
             why = f"the least common multiple of its multipleOf is over {MAX_MULTIPLE}"
             raise ValueError(why)
-    if text.count('"patternProperties"') > MAX_PATTERN_PLACES:
-        raise ValueError(f"patternProperties in over {MAX_PATTERN_PLACES} places")
     return f"%json {text}"
 
 
@@ -853,8 +993,8 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
                 try:
                     compile_grammar(answer_grammar(schema, functions))
                 except SCHEMA_ERRORS as wrong:
-                    raise schema_error(param, str(wrong)) from error
-            raise schema_error(self.main_schema(), str(error)) from error
+                    raise schema_error(param, wrong) from error
+            raise schema_error(self.main_schema(), error) from error
 
     def schemas_alone(self) -> Iterator[tuple[str, Any, list[Function]]]:
         """Each with its place in the body, as `answer_grammar` takes it."""
@@ -885,7 +1025,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     ) -> tuple[str, list[dict[str, Any]]]:
         """The text of an answer and the calls in it, of its first `end` characters."""
         text = generation.text[:end]
-        if not self.offered():
+        if not self.offered() or (self.is_json() and not text.startswith(CALL_MARK)):
             return text, []
         text, calls = split_calls(text)
         first = {"index": 0, "id": "", "type": "function"}

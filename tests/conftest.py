@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures: tiny models, and servers of them that tests share."""
+"""How many processes run tests, and fixtures: tiny models, and servers of them that
+tests share."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of torch, and of the servers that tests start: two processes run tests at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import played_gpu as played
 import scripted
@@ -15,6 +18,12 @@ import tiny
 from server import ROOT, Running, running, wait_until
 
 import model_download
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes share the files of tests; a single file stays in this one."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else 2
 
 
 @pytest.fixture(scope="session")

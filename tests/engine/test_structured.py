@@ -169,6 +169,29 @@ SCHEMAS: dict[str, Any] = {
     "some that are required": closed(a=INTEGER, b=LEAF) | {"minProperties": 2},
     "required alone": {"type": "object", "required": ["z"]},
     "by pattern": {"type": "object", "patternProperties": {"^a": INTEGER}},
+    "many that forbid nothing": {
+        "$defs": {
+            f"t{n}": {"type": "object", "properties": {"a": INTEGER}} for n in range(12)
+        },
+        **closed(**{f"t{n}": {"$ref": f"#/$defs/t{n}"} for n in range(12)}),
+        "properties": {f"t{n}": {"$ref": f"#/$defs/t{n}"} for n in range(12)},
+        "required": ["t3"],
+    },
+    "above nothing": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "with remarks": closed(a=INTEGER)
+    | {"title": "t", "default": {"a": -(2**63)}, "nullable": True, "x-y": {"not": 5}},
+    "zod's record": {
+        "type": "object",
+        "propertyNames": {"type": "string"},
+        "additionalProperties": INTEGER,
+    },
+    "zod's record of names": {
+        "type": "object",
+        "propertyNames": {"type": "string", "enum": ["a", "b"]},
+        "additionalProperties": INTEGER,
+        "required": ["b"],
+    },
+    "not unique": {"type": "array", "items": INTEGER, "uniqueItems": False},
     "array": {"type": "array", "items": INTEGER, "minItems": 2, "maxItems": 4},
     "tuple": {"type": "array", "prefixItems": [INTEGER, LEAF], "items": False},
     "nothing in it": {"type": "array", "maxItems": 0},
@@ -340,6 +363,65 @@ HOLES = [
     (WITH_A | {"minProperties": 1}, '{"\\u0061": "x"}', '{"a": 2}'),
     ({"type": "integer", "minimum": 2**53 + 1}, f"{2**53}", f"{2**53 + 2}"),
     ({"type": "integer", "maximum": 2**53 + 1}, f"{2**53 + 2}", f"{2**53}"),
+    ({"type": "integer", "maximum": 2**53 + 3}, f"{2**53 + 4}", f"{2**53 + 2}"),
+    ({"type": "integer", "exclusiveMinimum": 2**53}, f"{2**53}", f"{2**53 + 2}"),
+    ({"type": "integer", "exclusiveMaximum": 2**60}, f"{2**60}", f"{2**60 - 128}"),
+    ({"type": "integer", "exclusiveMinimum": 4, "minimum": 2}, "4", "5"),
+    ({"type": "integer", "exclusiveMaximum": 4.5}, "5", "4"),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0", "0.25"),
+    (
+        {"type": "number", "allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}]},
+        "0.0",
+        "0.5",
+    ),
+    (
+        {
+            "$defs": {"p": {"exclusiveMinimum": 0}},
+            "$ref": "#/$defs/p",
+            "maximum": 0.5,
+            "type": "number",
+        },
+        "0",
+        "0.125",
+    ),
+    ({"exclusiveMinimum": 2, "anyOf": [{"type": "number"}]}, "2", "2.25"),
+    (STRING | {"pattern": '^[^"]*$'}, '"\\""', '"a"'),
+    (STRING | {"pattern": r'^[^\\/:*?"<>|]+$'}, '"\\\\"', '"a.txt"'),
+    (STRING | {"pattern": r"^(\[\^|[^!-~])+$"}, '"\\""', '"[^é"'),
+    (
+        {
+            "type": "object",
+            "properties": {'q"': INTEGER},
+            "additionalProperties": STRING,
+        },
+        '{"q\\"": "x"}',
+        '{"q\\"": 1, "q": "x"}',
+    ),
+    (
+        {"type": "object", "properties": {"\b": INTEGER, "\x7f": INTEGER}},
+        '{"\\u0008": "x"}',
+        '{"c": "x"}',
+    ),
+    (
+        {"type": "object", "properties": {"\x7f": INTEGER, "\u2028": INTEGER}},
+        '{"\\u007F": "x"}',
+        '{"c": "x"}',
+    ),
+    (
+        {"$defs": {"a": WITH_A}, "allOf": [{"$ref": "#/$defs/a"}]},
+        '{"a": 1, "\\u0061": "x"}',
+        '{"a": 1}',
+    ),
+    (
+        {
+            "properties": {
+                "x/y~ é": WITH_A,
+                "z": {"$ref": "#/properties/x~1y~0%20%C3%A9"},
+            }
+        },
+        '{"z": {"a": 1, "\\u0061": "x"}}',
+        '{"z": {"a": 1}}',
+    ),
     ({"type": "integer", "maximum": HUGE}, f"{HUGE + 1}", f"{2**62}"),
     ({"type": "integer", "minimum": -HUGE - 1}, f"{-(2**65)}", f"{-(2**62)}"),
     ({"type": "integer", "maximum": 2**64}, f"{2**64 + 1}", "-5"),
@@ -382,6 +464,14 @@ def test_the_pattern_of_all_other_names(number: int) -> None:
 # Schemas that cannot be used
 # ------------------------------------------------------------------------------
 
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 ENDLESS = closed(c={"$ref": "#"})
 BAD = [
     ({"type": "nonsense"}, "nonsense"),
@@ -390,6 +480,8 @@ BAD = [
     ({"$ref": "http://127.0.0.1:9/schema"}, "http://127.0.0.1:9/schema"),
     ({"not": STRING}, "not"),
     ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"propertyNames": {"pattern": "^a"}}, "propertyNames"),
+    ({"propertyNames": {"enum": [5]}}, "propertyNames"),
     ({"if": INTEGER, "then": {"minimum": 5}}, "if"),
     ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
     ({"type": "string", "pattern": "(unclosed"}, "unclosed"),
@@ -401,11 +493,34 @@ BAD = [
     ({"minimum": "1"}, "minimum"),
     ({"properties": []}, "properties"),
     ({"const": "\ud800"}, "surrogate"),
-    ({"const": float("nan")}, "NaN"),
+    ({"const": float("nan")}, "digits"),
     ({"x-guidance": 5, "type": "nonsense"}, "nonsense"),
     ({"type": "object", "minProperties": 2}, "minProperties"),
-    ({"const": -(2**63)}, "integers beyond"),  # a stack overflow in the library
-    ({"enum": [[{"a": 2**53 + 1}]]}, "integers beyond"),
+    ({"const": -(2**63)}, "more digits"),  # a stack overflow in the library
+    ({"type": "integer", "const": -1e300}, "more digits"),  # another
+    ({"enum": [[{"a": 2**53 + 1}]]}, "more digits"),
+    ({"const": 13.369468262802005}, "more digits"),
+    ({"$defs": {"const": -(2**63)}, "$ref": "#/$defs"}, "no schema"),
+    ({"default": {"const": -(2**63)}, "$ref": "#/%64efault"}, "no schema"),
+    ({"examples": [{"const": -(2**63)}], "$ref": "#/examples/0"}, "no schema"),
+    ({"x": {"properties": {"const": 1}}, "$ref": "#/x/properties"}, "no schema"),
+    ({"$id": "http://x/y", "default": {}, "$ref": "http://x/y#/default"}, "leads out"),
+    ({"$anchor": "a", "type": "object", "$ref": "#a"}, "no schema"),
+    ({"patternProperties": {f"^{n}": {} for n in range(101)}}, "over 100"),
+    (
+        {
+            "allOf": [
+                {"patternProperties": {f"^{n}{m}": {} for m in range(60)}} for n in "ab"
+            ]
+        },
+        "over 100",
+    ),
+    (STRING | {"pattern": r"^\P{P}*$"}, r"\\P"),
+    (deep(400), "too deeply"),
+    (
+        {"type": "object", "properties": {f"p{n}": {} for n in range(900)}},
+        "too complex",
+    ),
     ({"type": "integer", "maximum": -(2**63)}, "beyond"),
     ({"type": "number", "minimum": 1e-300}, "limit"),
     ({"oneOf": [STRING, {"type": "string", "maxLength": 3}]}, "exclude each other"),
@@ -975,7 +1090,13 @@ TOO_MUCH = {
     "nothing between": {
         "type": "number",
         "exclusiveMinimum": 0,
-        "exclusiveMaximum": 0.001,
+        "exclusiveMaximum": 1e-12,
+    },
+    "patterns in many places": {
+        "allOf": [
+            {"patternProperties": {f"^x{n}I_{m}": INTEGER for n in range(100)}}
+            for m in range(8)
+        ]
     },
 }
 
@@ -1003,13 +1124,18 @@ def test_a_grammar_that_is_compiled_too_long_is_given_up(
 
     monkeypatch.setattr(llguidance, "LLMatcher", slow)
     monkeypatch.setattr(api, "COMPILE_SECONDS", 0.3)
+    statuses = []
     try:
         for _ in range(3):
-            assert served.post(**asked(2, {"const": "slow"})).status_code == 400
-        monkeypatch.setattr(api, "COMPILE_SECONDS", DEADLINE)
-        assert said(served.post(**asked(2, SMALL)))[1] == "stop"
+            statuses.append(served.post(**asked(2, {"const": "slow"})).status_code)
+        statuses.append(served.post(**asked(2)).status_code)
     finally:
         go_on.set()
+    # A thread cannot be ended, and no others take its place.
+    assert statuses == [400, 400, 503, 200]
+    monkeypatch.setattr(api, "COMPILE_SECONDS", DEADLINE)
+    assert said(served.post(**asked(2, SMALL)))[1] == "stop"
+    assert said(served.post(**asked(2, SMALL)))[1] == "stop"
 
 
 def test_who_waits_for_a_slow_one_has_his_own_time(

@@ -457,8 +457,8 @@ def test_a_containers_quota_of_cpus_is_kept(tmp_path, monkeypatch, files, allowe
 
 
 def test_the_generation_thread_keeps_it(tiny_folder, monkeypatch):
-    monkeypatch.setattr(model_download, "cpus", lambda most: 1)
     before, used = torch.get_num_threads(), []
+    monkeypatch.setattr(model_download, "cpus", lambda most: before + 1)
     try:
         with running(model=tiny_folder) as served:
             hook = served.model.register_forward_pre_hook(
@@ -468,4 +468,4 @@ def test_the_generation_thread_keeps_it(tiny_folder, monkeypatch):
             hook.remove()
     finally:
         torch.set_num_threads(before)
-    assert {*used} == {1}
+    assert {*used} == {before + 1}

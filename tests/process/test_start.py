@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import requests
 import torch
-from net import DEADLINE, free_port
-from server import ROOT, is_ready, running, spawned, wait_until
+from net import DEADLINE
+from server import ROOT, running, spawned
 from transformers import AutoTokenizer
 from transformers.generation.continuous_batching import continuous_api
 
@@ -114,20 +114,10 @@ def test_help_explains_every_setting() -> None:
         assert field.annotation is not float or unit in field.description
 
 
-@pytest.mark.demo
-def test_the_demo_says_that_it_is_one(demo_folder: Path) -> None:
-    with spawned("--demo", "--log-level", "warning") as process:
-        [line] = [ln for ln in process.log().splitlines() if "demo model" in ln]
-        assert "SmolLM2-135M" in line and "not phi-4" in line
-        health = requests.get(process.url + "/health", timeout=5).json()
-        assert health["model"] == f"{demo_folder.name} (demo model, not phi-4)"
-    assert "it is not phi-4" in (ROOT / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("options", "reached"), [((), True), (("--host", "127.0.0.1"), False)]
 )
-def test_by_default_every_address_is_listened_on(
+def test_by_default_every_address_is_listened_on_and_the_log_says_where(
     tiny_folder: Path, options: tuple[str, ...], reached: bool
 ) -> None:
     def connects(address: str) -> bool:
@@ -135,9 +125,12 @@ def test_by_default_every_address_is_listened_on(
             return probe.connect_ex((address, process.port)) == 0
 
     arguments = ("--model", str(tiny_folder), "--device", "cpu", *options)
-    with spawned(*arguments, wait=False) as process:
-        wait_until(lambda: connects("127.0.0.1"))
+    with spawned(*arguments) as process:
+        assert connects("127.0.0.1")
         assert connects("127.0.0.2") is reached
+        lines = process.log().splitlines()
+    [told] = [line for line in lines if "listening on" in line]
+    assert f":{process.port}" in told
 
 
 @pytest.mark.parametrize(
@@ -280,21 +273,6 @@ def test_vocabulary_that_the_model_lacks(tiny_folder: Path, tmp_path: Path) -> N
         assert server.ended == [api.EXIT_LOAD]
 
 
-def test_server_object_is_what_uvicorn_finds(tiny_folder: Path) -> None:
-    """`uvicorn api:app` works, with the settings from the environment."""
-    port = free_port()
-    environment = {"PHI4_MODEL": str(tiny_folder), "PHI4_DEVICE": "cpu"}
-    command = [sys.executable, "-m", "uvicorn", "api:app", "--port", str(port)]
-    process = subprocess.Popen(
-        command, env=os.environ | environment, cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    try:
-        wait_until(lambda: is_ready(f"http://127.0.0.1:{port}"))
-    finally:
-        process.terminate()
-        process.wait(DEADLINE)
-
-
 def test_a_slow_first_start_of_the_thread_is_no_failure(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,10 +287,3 @@ def test_a_slow_first_start_of_the_thread_is_no_failure(
     with running(model=tiny_folder) as served:
         assert served.works()
         assert not served.ended
-
-
-def test_the_log_says_where_it_listens(tiny_folder: Path) -> None:
-    with spawned("--model", str(tiny_folder), "--device", "cpu") as process:
-        lines = process.log().splitlines()
-    [told] = [line for line in lines if "listening on" in line]
-    assert f":{process.port}" in told

@@ -93,10 +93,18 @@ def test_every_block_has_a_test() -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(demo_folder: Path) -> Iterator[str]:
-    """HOST:PORT of the real server, from the first command's second half."""
-    with spawned("--demo", "--max-new-tokens", "32") as process:
-        yield f"127.0.0.1:{process.port}"
+def demo_process(demo_folder: Path) -> Iterator[Any]:
+    """The real server, from the first command's second half."""
+    with spawned(
+        "--demo", "--max-new-tokens", "32", "--log-level", "warning"
+    ) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def demo(demo_process: Any) -> str:
+    """Its HOST:PORT."""
+    return f"127.0.0.1:{demo_process.port}"
 
 
 def bash(command: str, demo: str, **options: Any) -> str:
@@ -120,6 +128,16 @@ def bash(command: str, demo: str, **options: Any) -> str:
 def timeless(text: str) -> str:
     """The text with one and the same time in it."""
     return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
+
+
+@pytest.mark.demo
+def test_the_demo_says_that_it_is_one(demo_process: Any, demo_folder: Path) -> None:
+    lines = demo_process.log().splitlines()
+    [line] = [line for line in lines if "demo model" in line]
+    assert "SmolLM2-135M" in line and "not phi-4" in line
+    health = requests.get(demo_process.url + "/health", timeout=5).json()
+    assert health["model"] == f"{demo_folder.name} (demo model, not phi-4)"
+    assert "it is not phi-4" in README
 
 
 @pytest.mark.demo
@@ -518,6 +536,12 @@ def test_nginx_passes_answers_and_headers_on(nginx: str, server: Running) -> Non
     assert answer.json()["response"] == server.answer(max_new_tokens=5)
     assert answer.headers["X-Finish-Reason"] == "length"
     assert answer.headers["X-Request-ID"]
+
+
+def test_nginx_shows_the_chat_page(nginx: str) -> None:
+    page = requests.get(nginx, timeout=DEADLINE)
+    assert page.text == api.CHAT_PAGE
+    assert "script-src 'sha256-" in page.headers["Content-Security-Policy"]
 
 
 def test_nginx_passes_each_delta_on_at_once(nginx: str, server: Running) -> None:

@@ -182,7 +182,7 @@ def test_errors_do_not_echo_the_input(server: Running) -> None:
     assert refused.status_code == 422 and "secret" not in refused.text
 
 
-@pytest.mark.parametrize("method", ["get", "put", "delete"])
+@pytest.mark.parametrize("method", ["put", "delete", "patch"])
 def test_other_methods_and_paths_are_json_too(server: Running, method: str) -> None:
     assert requests.request(method, server.url, timeout=5).json() == {
         "detail": "Method Not Allowed"

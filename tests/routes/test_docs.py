@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The try-it page, its examples and its schema; measure/docs_page.py uses a browser."""
+"""The try-it page, its examples and its schema; test_page.py tries it in a browser."""
 
 import re
 import subprocess
@@ -141,21 +141,51 @@ def test_a_key_can_be_entered_on_the_page(schema):
     assert secured == {path for path, _ in METHODS} - {"/health"}
 
 
+def test_the_page_has_headings_and_a_version(schema):
+    """Of each operation a newcomer sees its heading, its path and its summary."""
+    assert schema["info"]["version"] == "1.0.0"
+    shown = [
+        (operation["tags"], path, operation["summary"])
+        for path, _, operation in operations(schema)
+    ]
+    assert shown == [
+        (["Chat"], "/", "Ask The Model"),
+        (["OpenAI API"], "/v1/chat/completions", "Chat Completions"),
+        (["OpenAI API"], "/v1/models", "List Models"),
+        (["OpenAI API"], "/v1/models/{name}", "Get Model"),
+        (["Server"], "/metrics", "Read Metrics"),
+        (["Server"], "/health", "Check Health"),
+    ]
+
+
 def test_the_demo_says_that_it_is_not_phi_4():
     document = api.create_app(api.Settings(demo=True)).openapi()
     assert "not phi-4" in document["info"]["description"]
+
+
+# GET / is the chat page, which is not in the schema.
+SCHEMATHESIS = """
+[[operations]]
+include-path = "/"
+[operations.phases.coverage]
+unexpected-methods = ["put", "patch", "delete", "options", "trace"]
+"""
 
 
 def test_no_generated_request_breaks_the_server_or_its_schema(tmp_path):
     """Every check of schemathesis but one, on systematic and on random requests. The
     one: valid data is always accepted. No schema knows how many tokens a prompt has."""
     tiny.tiny_model(tmp_path, context=2048, eos="always")  # the text does not matter
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
     with running(model=tmp_path, api_key="k") as served:
         command = [sys.executable, "-m", "schemathesis.cli", "run"]
         command += [served.url + "/openapi.json", "--header=Authorization: Bearer k"]
         command += ["--checks=all", "--exclude-checks=positive_data_acceptance"]
         command += ["--phases=examples,coverage,fuzzing", "--max-examples=40"]
         command += ["--generation-deterministic", "--no-color", "--continue-on-failure"]
+        # Some answers fill the context; ten seconds are the default of both.
+        limits = "--request-timeout", "--max-response-time"
+        command += [f"{limit}={DEADLINE}" for limit in limits]
         probe = subprocess.run(
             command, capture_output=True, text=True, check=False, cwd=tmp_path
         )

@@ -261,6 +261,12 @@ LOOK_ALIKES = (
     "＜／Tool＿Call＞",
     "﹤/tool_\u2060response>",
     "<|tool_call|>",
+    "<to\u200bol_call>",
+    "<tool_c\u00adall>",
+    "<     tool_____call>",
+    "<_tool_re\ufe0fsponse>",
+    "⟨tool_call⟩",
+    "《tool_call》",
 )
 
 
@@ -617,7 +623,7 @@ STRANGE_HTTP = {
     "OPTIONS *": b"OPTIONS * HTTP/1.1\r\n" + CLOSE + b"\r\n",
     "a strange type": POST + b"Content-Type: \xff;;\r\nContent-Length: 2\r\n\r\n{}",
     "a form": POST + b"Content-Type: multipart/form-data\r\nContent-Length: 1\r\n\r\n{",
-    "a web socket": b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+    "a web socket": b"GET /v1 HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
     b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
 }

@@ -6,14 +6,13 @@ import secrets
 
 import pytest
 import requests
-from fastapi.testclient import TestClient
 from net import free_port
 from server import running, spawned, wait_until
 
 import api
 
 KEYS = "first-key, second-key"
-OPEN = "/health", "/docs", "/openapi.json"
+OPEN = "/", "/health", "/docs", "/openapi.json"
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +86,14 @@ def test_pages_without_model_data_stay_open(locked, path):
     assert ask(locked, "GET", path).status_code == 200
 
 
-def test_a_public_page_opens_no_other_method_of_its_path(tiny_folder):
+def test_a_public_page_opens_no_other_method_of_its_path(locked):
     """Who may reach a route is a matter of the route and its method, not of the path."""
-    app = api.create_app(api.Settings(model=tiny_folder, api_key="right"))
-    app.state.engine.phase = "serving"
-    app.get("/")(lambda: "a page")
-    client = TestClient(app, raise_server_exceptions=False)
-    assert client.get("/").json() == "a page"
-    assert client.post("/", json={"prompt": "x"}).status_code == 401
-    wrong = {"Authorization": "Bearer wrong"}
-    assert client.post("/", json={"prompt": "x"}, headers=wrong).status_code == 401
-    assert client.put("/").status_code == 405
-    assert client.get("/nowhere").status_code == 404
+    assert ask(locked, "GET", "/").text == api.CHAT_PAGE
+    body = {"json": {"prompt": "x"}}
+    assert ask(locked, "POST", "/", **body).status_code == 401
+    assert ask(locked, "POST", "/", "Bearer wrong", **body).status_code == 401
+    assert ask(locked, "PUT", "/").status_code == 405
+    assert ask(locked, "GET", "/nowhere").status_code == 404
 
 
 def test_keys_are_compared_in_constant_time(locked, monkeypatch):

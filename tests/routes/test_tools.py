@@ -177,10 +177,15 @@ def test_a_limit_in_the_middle_of_a_call(counting, write, monkeypatch):
     write(whole)
     delivered = counting.spy(monkeypatch, "deliver_batch")
     assert ask(counting).status_code == 200
-    wait_until(counting.idle)
+
+    def last() -> list[int]:
+        """The answer's tokens, once the delivery of the last one is noted: its client
+        may be told before that."""
+        outputs = [each for ((outs,), _) in [*delivered] for each in outs]
+        return next((o.generated_tokens for o in outputs if o.is_finished()), [])
+
     table = counting.engine.token_bytes
-    found = [each.generated_tokens for ((outs,), _) in delivered for each in outs]
-    tokens = [table[token] or b"" for token in max(found, key=len)]
+    tokens = [table[token] or b"" for token in wait_until(last)]
     assert b"".join(tokens).decode() == whole and tokens[-1] == b""
     begins = whole.index(ROME)
     # The last token ends the answer.
@@ -228,6 +233,21 @@ def test_a_limit_shows_no_piece_of_a_mark(counting, write):
         assert "Hi ".startswith(text) and reason == "length", limit
         found = answered(counting, max_tokens=limit, tool_choice="required")
         assert found == ("", [], "length"), limit
+
+
+def test_a_mark_in_json_is_text_where_functions_are_offered_too(counting, write):
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    named = {"name": "n", "schema": schema | {"required": ["a"]}}
+    asked = {"response_format": {"type": "json_schema", "json_schema": named}}
+    for inside in (MARK, f"x{MARK}", written("now", "{}"), "<tool_"):
+        text = json.dumps({"a": inside})
+        write(text)
+        assert answered(counting, **asked) == (text, [], "stop")
+        cut = text.index("l_") if "l_" in text else 0
+        assert answered(counting, **asked, stop="l_") == (text[:cut], [], "length")
+    write(written("weather", ROME))
+    found = answered(counting, **asked, stop="l_")
+    assert found == (None, [("weather", ROME)], "tool_calls")
 
 
 def test_marks_in_json_without_functions_are_text(counting, write):

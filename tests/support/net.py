@@ -18,10 +18,14 @@ DEADLINE = float(os.environ.get("TEST_DEADLINE", "60"))
 
 def free_port() -> int:
     """One below those that any program is given when it asks for none in particular:
-    torchrun and gloo ask for several before the server listens."""
+    torchrun and gloo ask for several before the server listens. Processes that run
+    tests at once have no port in common: that of two is even, or odd."""
+    ours = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    of = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(20000 + ours, 32000, of)
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("0.0.0.0", random.randint(20000, 32000)))
+            probe.bind(("0.0.0.0", random.choice(ports)))
             return probe.getsockname()[1]
 
 
