@@ -847,10 +847,13 @@ def check_head(request: Request) -> None:
     whose name was made to lead here (DNS rebinding) would be answered."""
     if {"content-length", "transfer-encoding"} <= {*request.headers}:
         raise HTTPException(400, "Content-Length beside Transfer-Encoding", CLOSE)
+    path, prefix = request["path"], request["root_path"]
+    if path == prefix:
+        request.scope["path"] += "/"  # /phi4 is /phi4/
+    if request.method == "GET" and path.removeprefix(prefix) in ("", "/"):
+        return  # the chat page has no secret, and says what to do about a 403
     settings: Settings = request.app.state.engine.settings
     names = f"localhost {socket.gethostname()} {settings.host} {settings.allowed_hosts}"
-    if request.method == "GET" and request["path"] == request["root_path"] + "/":
-        names = "*"  # the chat page has no secret, and says what to do about the 403
     host = request.headers.get("host") or "localhost"  # HTTP/1.0 needs none
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")

@@ -144,6 +144,16 @@ def test_a_stream_adds_up_to_the_plain_answer(cluster: Cluster) -> None:
     assert "".join(deltas) == last["response"] == plain.json()["response"]
 
 
+def test_the_chat_page_and_the_docs_need_no_key(cluster: Cluster) -> None:
+    page = requests.get(cluster.url, timeout=DEADLINE)
+    assert page.ok and "<textarea" in page.text
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    docs = requests.get(f"{cluster.url}/docs", timeout=DEADLINE)
+    assert docs.ok
+    for path in re.findall(r'(?:src|href)="(/[^"]+)"', docs.text):
+        assert requests.get(cluster.url + path, timeout=DEADLINE).ok, path
+
+
 def test_keys(cluster: Cluster) -> None:
     answer = requests.post(cluster.url, json={"prompt": "hello"}, timeout=DEADLINE)
     assert answer.status_code == 401

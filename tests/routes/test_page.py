@@ -84,6 +84,7 @@ def test_the_page_alone_answers_to_any_name(tiny_folder, prefix):
     app = api.create_app(api.Settings(model=tiny_folder))
     client = TestClient(app, f"http://{FOREIGN}", root_path=prefix)
     assert client.get(prefix + "/").text == api.CHAT_PAGE
+    assert client.get(prefix).text == api.CHAT_PAGE  # without its slash
     for method, path in [
         ("GET", "/health"),
         ("POST", "/"),
