@@ -276,8 +276,11 @@ async def is_ready(port: int) -> bool:
     return True
 
 
-def peak_memory(pid: int) -> float:
-    """Most GiB that a process and its children have had resident, loading included."""
+def peak_memory(pid: int) -> float | None:
+    """Most GiB that a process and its children have had resident, loading included; None
+    for a server that somebody else has started."""
+    if not pid:
+        return None
     status = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -191,7 +191,7 @@ def test_the_table_is_printed(measured: Any) -> None:
     assert all(title in titles[0] for title in [*shown, "/health ms", "RAM GiB"])
     rows = [line for line in lines if line[9:].startswith(benchmark.SERVER)]
     rates = [f"{r['tokens_per_s']:.1f}" for r in results["table"][1::2]]
-    assert [row.split()[3] for row in rows] == rates
+    assert [row.split()[4] for row in rows] == rates
     tutorial, server = results["table"][2:]
     for title, name in list(benchmark.RATIOS.items())[:4]:  # the rest is a GPU's
         assert f"{title} {server[name] / tutorial[name]:.3g}" in lines[-1]
@@ -238,6 +238,7 @@ def gpu_results() -> dict[str, Any]:
     step = {"between_tokens_p50_s": 0.01, "memory_gib": 3.0, "gpu_memory_gib": 70.0}
     runs = [
         {"way": benchmark.TUTORIAL, "clients": 1, "tokens_per_s": 10.0}
+        | {"workload": "equal"}
         | {"between_tokens_p50_s": None, "health_worst_s": 12.0}
     ]
     for clients, rates in {
@@ -247,7 +248,7 @@ def gpu_results() -> dict[str, Any]:
     }.items():
         for rate, wait in zip(rates, (0.01, 0.03, 0.02), strict=False):
             run = {"way": benchmark.SERVER, "clients": clients, "tokens_per_s": rate}
-            runs.append(run | step | {"health_worst_s": wait})
+            runs.append(run | step | {"health_worst_s": wait, "workload": "equal"})
     options = {"clients": [1, 16, 128], "prompt_tokens": [256, 256], "new_tokens": 128}
     options |= {"requests": 1, "repeat": 3, "dtype": "bfloat16"}
     limits = {"copy_bytes_per_s": 3e12, "matmul_flop_per_s": 800e12}
@@ -494,7 +495,8 @@ def test_a_server_that_runs_already_is_measured_by_turn(
     async def measure() -> None:
         async with way.running():
             arguments = f"{common} --port {way.port} --served-model any --repeat 1"
-            arguments += f" --workload chats:2,mix --clients 2 --requests 4 --out {out}"
+            arguments += " --prompt-tokens 20 --new-tokens 8 --requests 4"
+            arguments += f" --workload chats:2,mix --clients 2 --out {out}"
             await asyncio.to_thread(benchmark.main, arguments.split())
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
