@@ -6,7 +6,10 @@
     python tests/measure/benchmark.py --random /data/random-phi-4 phi-4's shape, no download
     python tests/measure/benchmark.py --chart results.json chart.png
     python tests/measure/benchmark.py --demo -- --batch-tokens 128      settings for api.py
-
+    python tests/measure/benchmark.py --random /data/random-phi-4 --skip-tutorial \\
+        --workload mix,chats --clients 64 --requests 320          what people really send
+    python tests/measure/benchmark.py --model FOLDER --port 8000 --served-model NAME
+        a server that runs already, of the same model, such as vLLM
 The tutorial's way is one blocking `model.generate` at a time behind FastAPI, in a
 process of its own, in the faster of bfloat16 and float32. Both ways get the same
 prompts and may use the same threads. Answers have exactly --new-tokens tokens: end
@@ -34,18 +37,21 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
 import _setup  # noqa: F401
+import steps
 from net import free_port
+from workloads import TURNS, WORKLOADS, Turns, Workload
 
 SEED = 20251122
 READY_SECONDS = 1800  # 29 GB from a slow disk, then compiling
 HEALTH_SECONDS = 0.5  # between two polls of /health: each costs a CPU a few ms
-TUTORIAL, SERVER = "tutorial", "this server"
+TUTORIAL, SERVER, EQUAL = "tutorial", "this server", ["equal"]
 # phi-4's config.json, as far as it says what a token costs.
 PHI4 = {
     "vocab_size": 100352,
@@ -130,6 +136,8 @@ class Answer:
     arrivals: list[float] = field(default_factory=list)  # of its pieces of text
     prompt_tokens: int = 0
     tokens: int = 0
+    text: str = ""
+    turn: int = 0  # of a conversation, from 0
 
     def gaps(self, since: float = 0.0, until: float = math.inf) -> list[float]:
         """Seconds between its pieces, for those that arrived in this time."""
@@ -145,12 +153,13 @@ async def ask_tutorial(connection: Connection, prompt: str, tokens: int) -> Answ
 
 
 async def ask_server(
-    connection: Connection, prompt: str, tokens: int, **sampling: Any
+    connection: Connection, prompt: str | Turns, tokens: int, **more: Any
 ) -> Answer:
     """A stream. Pieces are text, so now and then one is of two tokens: those that
     are parts of one character. Raises BenchmarkError if tokens are missing."""
-    body = sampling | {
-        "messages": [{"role": "user", "content": prompt}],
+    user = [{"role": "user", "content": prompt}]
+    body = more | {
+        "messages": user if isinstance(prompt, str) else prompt,
         "max_tokens": tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -167,8 +176,9 @@ async def ask_server(
             if usage := event.get("usage"):
                 answer.tokens = usage["completion_tokens"]
                 answer.prompt_tokens = usage["prompt_tokens"]
-            elif event["choices"][0]["delta"].get("content"):
+            elif text := event["choices"][0]["delta"].get("content"):
                 answer.arrivals.append(now)
+                answer.text += text
     if answer.tokens != tokens or not answer.arrivals:
         raise BenchmarkError(f"{answer.tokens} tokens came instead of {tokens}")
     return answer
@@ -201,6 +211,7 @@ class Way:
     ask: Callable[[Connection, str, int], Any]
     levels: list[int]  # numbers of clients
     threads: int
+    workloads: list[str] = field(default_factory=lambda: EQUAL)
     port: int = 0
     pid: int = 0
     ready_seconds: float = 0.0
@@ -209,7 +220,11 @@ class Way:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Way"]:
-        """Start it and wait until /health is 200; SIGTERM at the end."""
+        """Start it and wait until /health is 200; SIGTERM at the end. One that has a port
+        runs already."""
+        if self.port:
+            yield self
+            return
         self.port, started = free_port(), time.monotonic()
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), self.threads)
         limits = {name: str(count) for name, count in threads.items() if count}
@@ -261,8 +276,11 @@ async def is_ready(port: int) -> bool:
     return True
 
 
-def peak_memory(pid: int) -> float:
-    """Most GiB that a process and its children have had resident, loading included."""
+def peak_memory(pid: int) -> float | None:
+    """Most GiB that a process and its children have had resident, loading included; None
+    for a server that somebody else has started."""
+    if not pid:
+        return None
     status = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -367,11 +385,14 @@ def serve_endless(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--gpu-gib", type=float)
+    parser.add_argument("--steps", type=Path)
     options, arguments = parser.parse_known_args(arguments)
     if options.gpu_gib:
         cuda = api.torch.cuda
         share = options.gpu_gib * 2**30 / cuda.get_device_properties(0).total_memory
         cuda.set_per_process_memory_fraction(share, api.RANK)
+    if options.steps:
+        steps.log_steps(options.steps)
     load = api.Engine.load
 
     def load_endless(engine: Any) -> None:
@@ -463,7 +484,7 @@ def make_random(folder: Path, **changes: Any) -> None:
         return
     print(f"writing random weights to {folder}", file=sys.stderr)
     phi4_tokenizer(folder)
-    torch.manual_seed(SEED)
+    torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         config = Phi3Config(**PHI4 | changes)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -478,14 +499,7 @@ def drop_from_page_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def prompt_lengths(shortest: int, longest: int, count: int) -> list[int]:
-    """`count` lengths in tokens, spread evenly over their logarithms."""
-    generator = random.Random(SEED)
-    low, high = math.log(shortest), math.log(longest)
-    return [round(math.exp(generator.uniform(low, high))) for _ in range(count)]
-
-
-def prompt_maker(folder: Path) -> Callable[[int], str]:
+def prompt_maker(folder: Path, seed: int = SEED) -> Callable[[int], str]:
     """A function that gives a new prompt of n tokens, those of the template included.
 
     Every prompt is new, so that no prefix cache can know it. The words are random:
@@ -493,7 +507,7 @@ def prompt_maker(folder: Path) -> Callable[[int], str]:
     """
     from transformers import AutoTokenizer
 
-    tokenizer, generator = AutoTokenizer.from_pretrained(folder), random.Random(SEED)
+    tokenizer, generator = AutoTokenizer.from_pretrained(folder), random.Random(seed)
     empty = tokenizer.apply_chat_template(
         [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=False
     )
@@ -518,24 +532,26 @@ def percentile(values: list[float], percent: float) -> float | None:
     return sorted(values)[max(rank, 1) - 1] if values else None
 
 
-async def run_level(
-    way: Way, clients: int, prompts: list[str], new_tokens: int, spread: float
-) -> dict[str, Any]:
-    """Ask all prompts with a number of clients, each going on with the next when it
-    has its answer; client n starts n/clients of `spread` seconds late."""
+async def run_level(way: Way, name: str, work: Workload) -> dict[str, Any]:
+    """Put a workload on a server, and tell what its clients saw."""
     waits: list[float] = []
     health = asyncio.create_task(poll_health(way.port, waits))
-    left, answers = iter(prompts), []
+    idle: list[Connection] = []
+    answers: list[Answer] = []
 
-    async def client(number: int) -> None:
-        async with Connection(way.port) as connection:
-            await asyncio.sleep(spread * number / clients)
-            for prompt in left:
-                answers.append(await way.ask(connection, prompt, new_tokens))
+    async def ask(prompt: str | Turns, tokens: int) -> Answer:
+        if idle:
+            connection = idle.pop()
+        else:
+            connection = await stack.enter_async_context(Connection(way.port))
+        answers.append(await way.ask(connection, prompt, tokens))
+        idle.append(connection)
+        return answers[-1]
 
     load, started, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
     try:
-        await asyncio.gather(*map(client, range(clients)))
+        async with AsyncExitStack() as stack:
+            await WORKLOADS[name](work, ask)
     finally:
         health.cancel()
         await asyncio.wait([health])
@@ -546,13 +562,17 @@ async def run_level(
     firsts = [a.arrivals[0] - a.sent for a in answers]
     gaps = [gap for a in answers for gap in a.gaps()]
     all_running = max(a.arrivals[0] for a in answers)
+    turns = sorted({answer.turn for answer in answers})
+    by_turn = [[a.arrivals[0] - a.sent for a in answers if a.turn == n] for n in turns]
     steady = [gap for a in answers for gap in a.gaps(all_running)]
     return {
         "way": way.name,
-        "clients": clients,
+        "workload": name,
+        "clients": work.clients,
         "tokens_per_s": sum(a.tokens for a in answers) / seconds,
         "first_token_p50_s": percentile(firsts, 50),
         "first_token_p99_s": percentile(firsts, 99),
+        **{f"turn_{n + 1}_p50_s": percentile(by_turn[n], 50) for n in turns[1:]},
         "between_tokens_p50_s": percentile(gaps, 50),
         "between_tokens_p99_s": percentile(gaps, 99),
         "between_tokens_worst_s": max(gaps, default=None),
@@ -563,6 +583,7 @@ async def run_level(
         "memory_gib": peak_memory(way.pid),
         "gpu_memory_gib": gpu_memory(),
         "prompt_tokens": sum(a.prompt_tokens for a in answers),
+        "started": started,
         "seconds": seconds,
         "client_cpu": cpu / seconds,
         "load_average": load,
@@ -572,55 +593,63 @@ async def run_level(
 async def measure(ways: list[Way], options: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs. Ways take turns where both fit in memory: load that other programs
     put on the machine then meets both."""
-    make, runs = prompt_maker(options.model), []
+    make, runs = prompt_maker(options.model, options.seed), []
     groups = [[way] for way in ways] if options.device != "cpu" else [ways]
+    one = options.prompt_tokens, options.new_tokens, make
     for group in groups:
         if options.cold:
             drop_from_page_cache(options.model)
         async with AsyncExitStack() as stack:
             for way in group:
                 await stack.enter_async_context(way.running())
-                await run_level(way, 1, [make(32)], options.new_tokens, 0)  # warm up
+                warm_up = Workload(1, 1, *one, random.Random(0))
+                await run_level(way, "equal", warm_up)
             names = " and ".join(way.name for way in group)
             print(f"{names}: ready, a line follows each measurement", file=sys.stderr)
-            for repeat, clients in (
-                (repeat, level)
-                for repeat in range(options.repeat)
-                for level in options.clients
-            ):
-                count = max(clients, options.requests)
-                lengths = prompt_lengths(*options.prompt_tokens, count)
-                prompts = [make(length) for length in lengths]
-                for way in group:
-                    if clients in way.levels:
-                        run = await run_level(
-                            way, clients, prompts, options.new_tokens, options.spread
-                        )
-                        runs.append(run | {"repeat": repeat})
+            for repeat, (name, own) in product(range(options.repeat), options.workload):
+                for clients, way in product([own] if own else options.clients, group):
+                    levels = [own, *way.levels]
+                    if clients in levels and name in way.workloads:
+                        # Each way gets the same lengths, with words of its own.
+                        chances = random.Random(f"{options.seed} {name} {clients}")
+                        size = clients, max(clients, options.requests)
+                        work = Workload(*size, *one, chances, options.spread)
+                        runs.append(await run_level(way, name, work))
+                        runs[-1]["repeat"] = repeat
                         print(progress(runs[-1]), file=sys.stderr)
     return runs
 
 
 def progress(run: dict[str, Any]) -> str:
-    return "{way}, {clients} clients: {tokens_per_s:.1f} tokens/s".format(**run)
+    line = "{way}, {workload}, {clients} clients: {tokens_per_s:.1f} tokens/s"
+    return line.format(**run)
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a way and level: medians over the repeats, but the worst of the worst."""
-    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for run in results["runs"]:
-        rows.setdefault((run["way"], run["clients"]), []).append(run)
+        kind = run["way"], run["workload"], run["clients"]
+        rows.setdefault(kind, []).append(run)
     table = [combine(results, runs) for runs in rows.values()]
     rates = {(r["way"], r["clients"]): r["tokens_per_s"] for r in table}
     one_at_a_time = [rate for (way, _), rate in rates.items() if way == TUTORIAL]
     for row in table:
         base = rates.get((TUTORIAL, row["clients"]), max(one_at_a_time, default=None))
         row["ratio"] = row["tokens_per_s"] / base if base else None
-    return sorted(table, key=lambda row: (row["clients"], row["way"] != TUTORIAL))
+    order = [*WORKLOADS]
+    return sorted(
+        table,
+        key=lambda r: (
+            order.index(r["workload"]),
+            r["clients"],
+            r["way"] != TUTORIAL,
+        ),
+    )
 
 
 def combine(results: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    row = {"way": runs[0]["way"], "clients": runs[0]["clients"]}
+    row = {name: runs[0][name] for name in ("way", "workload", "clients")}
     for name, value in runs[0].items():
         if name not in row:
             values = [run[name] for run in runs if run[name] is not None]
@@ -628,7 +657,8 @@ def combine(results: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
             row[name] = (max if worst else median)(values) if values else value
     found = results["machine"]
     if found["device"] == "cuda":
-        if results["options"]["dtype"] != "float32":  # the rate is bfloat16's
+        bfloat16 = results["options"]["dtype"] != "float32"  # as the rates are
+        if bfloat16 and row["workload"] == "equal":
             row["limit_tokens_per_s"] = card_limit(results, row["clients"])
         if step := row["between_tokens_p50_s"]:
             row["gb_per_s"] = results["weight_bytes"] / step / 1e9
@@ -641,9 +671,10 @@ def card_limit(results: dict[str, Any], clients: int) -> float:
     weights at its measured copy bandwidth; attention and the KV cache cost extra."""
     found, options = results["machine"], results["options"]
     shortest, longest = options["prompt_tokens"]
-    lengths = prompt_lengths(shortest, longest, max(clients, options["requests"]))
+    low, high = math.log(shortest), math.log(longest)
+    mean = (longest - shortest) / (high - low) if longest > shortest else shortest
     flop_per_token = results["weight_bytes"]  # 2 for each weight of 2 bytes
-    prefill = sum(lengths) / len(lengths) * flop_per_token / found["matmul_flop_per_s"]
+    prefill = mean * flop_per_token / found["matmul_flop_per_s"]
     reading = results["weight_bytes"] / found["copy_bytes_per_s"]
     multiplying = clients * flop_per_token / found["matmul_flop_per_s"]
     decode = options["new_tokens"] * max(reading, multiplying)
@@ -662,6 +693,7 @@ COLUMNS: dict[str, tuple[str, float, str]] = {  # title: field, factor, format
     "gap p50 ms": ("between_tokens_p50_s", 1000, ".1f"),
     "p99 ": ("between_tokens_p99_s", 1000, ".1f"),
     "worst": ("between_tokens_worst_s", 1000, ".0f"),
+    **{f"turn {n}": (f"turn_{n}_p50_s", 1000, ".0f") for n in range(2, TURNS + 1)},
     "/health ms": ("health_worst_s", 1000, ".0f"),
     "RAM GiB": ("memory_gib", 1, ".2f"),
     "GPU GiB": ("gpu_memory_gib", 1, ".1f"),
@@ -697,13 +729,13 @@ def table(results: dict[str, Any]) -> Iterator[str]:
     columns = [c for c in COLUMNS.items() if any(r.get(c[1][0]) for r in rows)]
     yield f"{describe(results)}, median of {results['options']['repeat']}"
     titles = "".join(f"{title.strip():>13}" for title, _ in columns)
-    yield f"{'clients':>7}  {'way':11}{titles}"
+    yield f"{'clients':>7}  {'way':11}  {'workload':11}{titles}"
     for row in rows:
         cells = ""
         for _, (name, factor, style) in columns:
             value = row.get(name)
             cells += f"{'-' if value is None else format(value * factor, style):>13}"
-        yield f"{row['clients']:>7}  {row['way']:11}{cells}"
+        yield f"{row['clients']:>7}  {row['way']:11}  {row['workload']:11}{cells}"
     yield from ratios(rows)
 
 
@@ -712,7 +744,7 @@ def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
     bases = {row["clients"]: row for row in rows if row["way"] == TUTORIAL}
     for row in rows:
         base = bases.get(row["clients"], {})
-        if row["way"] == SERVER and base:
+        if row["way"] == SERVER and row["workload"] == "equal" and base:
             parts = [
                 f"{title} {row[name] / base[name]:.3g}"
                 for title, name in RATIOS.items()
@@ -727,6 +759,7 @@ def draw(source: Path, target: Path) -> None:
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     results = json.loads(source.read_text())
+    rows = [r for r in results["table"] if r.get("workload", "equal") == "equal"]
     figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     styles = {
@@ -734,12 +767,12 @@ def draw(source: Path, target: Path) -> None:
         SERVER: ("tokens_per_s", SERVER, "-", "tab:blue"),
         TUTORIAL: ("tokens_per_s", "the tutorial's way", "-", "tab:red"),
     }
-    limited = any("limit_tokens_per_s" in row for row in results["table"])
+    limited = any("limit_tokens_per_s" in row for row in rows)
     for way, (name, label, line, color) in styles.items():
         shown = SERVER if way == "limit" else way
         points = [
             (row["clients"], row[name])
-            for row in results["table"]
+            for row in rows
             if row["way"] == shown and row.get(name)
         ]
         if points:
@@ -752,7 +785,7 @@ def draw(source: Path, target: Path) -> None:
         for x, y in points:
             others = [
                 row[name]
-                for row in results["table"]
+                for row in rows
                 if row["clients"] == x and row["way"] != shown and row.get(name)
             ]
             under = y < max(others, default=0) or (way == SERVER and limited)
@@ -796,6 +829,14 @@ def numbers(text: str) -> list[int]:
     return sorted(set(found))
 
 
+def kinds(text: str) -> list[tuple[str, int]]:
+    """`mix,chats:32`: names, and clients where they are not --clients (then 0)."""
+    parts = [part.partition(":") for part in text.split(",")]
+    if not {name for name, *_ in parts} <= {*WORKLOADS}:
+        raise ValueError
+    return [(name, int(clients or 0)) for name, _, clients in parts]
+
+
 def length_range(text: str) -> tuple[int, int]:
     shortest, _, longest = text.partition("-")
     found = int(shortest), int(longest or shortest)
@@ -823,6 +864,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tutorial-clients", type=numbers, help="the tutorial's; default: the same")
     add("--skip-tutorial", action="store_true")
     add("--requests", type=int, default=16, help="per level; at least 1 a client")
+    names = ", ".join(WORKLOADS)
+    what = f"of {names}, with clients as in chats:32; default: equal"
+    add("--workload", type=kinds, default=[("equal", 0)], help=what)
+    add("--seed", type=int, default=SEED, help="of lengths and words")
+    add("--port", type=int, default=0, help="measure a server that runs there already")
+    add("--served-model", help="its name for the model")
     add("--new-tokens", type=int, default=48, help="of each answer; default: 48")
     add(
         "--prompt-tokens",
@@ -837,6 +884,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--threads", type=int, default=0, help="of each server; default: torch's")
     add("--gpus", type=int, default=1, help="of this server, through torchrun")
     add("--gpu-gib", type=float, default=0, help="of each GPU, for this server")
+    add("--steps", type=Path, help="a log of every step, which steps.py reads")
     add("--cold", action="store_true", help="load from disk, not from memory")
     add("--out", type=Path, default=Path("results.json"))
     add("server", nargs="*", help=argparse.SUPPRESS)
@@ -850,6 +898,8 @@ def ways_to_measure(options: argparse.Namespace) -> list[Way]:
     server = ["--host", "127.0.0.1", *options.server]
     if options.gpu_gib:
         server += ["--gpu-gib", str(options.gpu_gib)]
+    if options.steps:
+        server += ["--steps", str(options.steps)]
     levels = options.tutorial_clients or options.clients
     ways = [
         Way(TUTORIAL, ["tutorial", *common, *new_tokens], ask_tutorial, levels, 0),
@@ -857,8 +907,12 @@ def ways_to_measure(options: argparse.Namespace) -> list[Way]:
     ]
     for way in ways:
         way.threads = options.threads
+    ways[1].workloads = [*WORKLOADS]
+    if options.port:  # a server that may want to know these
+        more = {"model": options.served_model, "ignore_eos": True}
+        ways[1].ask, ways[1].port = partial(ask_server, **more), options.port
     ways[1].gpus = options.gpus
-    return ways[1:] if options.skip_tutorial else ways
+    return ways[1:] if options.skip_tutorial or options.port else ways
 
 
 def main(arguments: list[str]) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import benchmark
 import engine_alone
 import pytest
+import steps
 import tiny
 import torch
+import workloads
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import api
@@ -109,8 +113,9 @@ def test_an_answer_of_the_tutorial_that_is_short_is_an_error(
 
     async def measure() -> None:
         async with way.running():
-            prompts = map(benchmark.prompt_maker(folder), [40] * 4)
-            await benchmark.run_level(way, 1, list(prompts), 24, 0)
+            make, chances = benchmark.prompt_maker(folder), random.Random(0)
+            work = workloads.Workload(1, 4, (40, 40), 24, make, chances)
+            await benchmark.run_level(way, "equal", work)
 
     with pytest.raises(benchmark.BenchmarkError, match="/ answered Internal"):
         asyncio.run(measure())
@@ -186,7 +191,7 @@ def test_the_table_is_printed(measured: Any) -> None:
     assert all(title in titles[0] for title in [*shown, "/health ms", "RAM GiB"])
     rows = [line for line in lines if line[9:].startswith(benchmark.SERVER)]
     rates = [f"{r['tokens_per_s']:.1f}" for r in results["table"][1::2]]
-    assert [row.split()[3] for row in rows] == rates
+    assert [row.split()[4] for row in rows] == rates
     tutorial, server = results["table"][2:]
     for title, name in list(benchmark.RATIOS.items())[:4]:  # the rest is a GPU's
         assert f"{title} {server[name] / tutorial[name]:.3g}" in lines[-1]
@@ -233,6 +238,7 @@ def gpu_results() -> dict[str, Any]:
     step = {"between_tokens_p50_s": 0.01, "memory_gib": 3.0, "gpu_memory_gib": 70.0}
     runs = [
         {"way": benchmark.TUTORIAL, "clients": 1, "tokens_per_s": 10.0}
+        | {"workload": "equal"}
         | {"between_tokens_p50_s": None, "health_worst_s": 12.0}
     ]
     for clients, rates in {
@@ -242,7 +248,7 @@ def gpu_results() -> dict[str, Any]:
     }.items():
         for rate, wait in zip(rates, (0.01, 0.03, 0.02), strict=False):
             run = {"way": benchmark.SERVER, "clients": clients, "tokens_per_s": rate}
-            runs.append(run | step | {"health_worst_s": wait})
+            runs.append(run | step | {"health_worst_s": wait, "workload": "equal"})
     options = {"clients": [1, 16, 128], "prompt_tokens": [256, 256], "new_tokens": 128}
     options |= {"requests": 1, "repeat": 3, "dtype": "bfloat16"}
     limits = {"copy_bytes_per_s": 3e12, "matmul_flop_per_s": 800e12}
@@ -290,9 +296,6 @@ def test_prompts_have_the_length_asked_for_and_no_common_beginning(
         ]
         assert len(ids) == pytest.approx(length, abs=2)
     assert len({prompt[:12] for prompt in prompts}) == 3
-    lengths = benchmark.prompt_lengths(20, 2000, 16)
-    assert lengths == benchmark.prompt_lengths(20, 2000, 16)
-    assert 20 <= min(lengths) < 60 and 1000 < max(lengths) <= 2000
     again = benchmark.prompt_maker(folder)
     assert [again(length) for length in (20, 77, 300)] == prompts  # a fixed seed
 
@@ -386,3 +389,128 @@ def test_the_engine_is_measured_alone(
         "8 in flight",
     ]
     assert all(float(number) > 0 for number in re.findall(r"\d+\.\d", "".join(lines)))
+
+
+# ------------------------------------------------------------------------------
+# What people send
+# ------------------------------------------------------------------------------
+
+
+class Asked:
+    """A server that answers at once: what it has been asked, and how much at once."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[Any, int]] = []
+        self.running = self.most = 0
+
+    async def __call__(self, prompt: Any, tokens: int) -> benchmark.Answer:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0)
+        self.running -= 1
+        seen = prompt if isinstance(prompt, str) else [*prompt]
+        self.requests.append((seen, tokens))
+        return benchmark.Answer(0, text=f"answer {len(self.requests)}")
+
+
+def put(name: str, clients: int, requests: int, seed: int = 0, **more: Any) -> Asked:
+    """What a server is asked by this workload; a text is its length in x."""
+    asked, chances = Asked(), random.Random(seed)
+    lengths = more.get("prompt_tokens", (40, 40)), 24
+    work = workloads.Workload(clients, requests, *lengths, "x".__mul__, chances)
+    asyncio.run(workloads.WORKLOADS[name](work, asked))
+    return asked
+
+
+def test_mixed_lengths_are_log_normal_and_within_their_limits() -> None:
+    asked = put("mix", 8, 2000)
+    assert (len(asked.requests), asked.most) == (2000, 8)
+    prompts = [len(prompt) for prompt, _ in asked.requests]
+    answers = [tokens for _, tokens in asked.requests]
+    assert min(prompts) >= 20 and 1500 < max(prompts) <= 2000
+    assert min(answers) >= 16 and 450 < max(answers) <= 600
+    assert statistics.mean(prompts) == pytest.approx(275, rel=0.1)
+    assert statistics.mean(answers) == pytest.approx(155, rel=0.1)
+    assert put("mix", 8, 9).requests != put("mix", 8, 9, seed=1).requests
+    assert put("mix", 8, 9).requests == put("mix", 8, 9).requests
+
+
+def test_equal_lengths_may_be_spread_over_a_range() -> None:
+    assert put("equal", 3, 7).requests == [("x" * 40, 24)] * 7
+    found = put("equal", 3, 200, prompt_tokens=(20, 2000)).requests
+    lengths = sorted(len(prompt) for prompt, _ in found)
+    assert 20 <= lengths[0] < 30 and 1700 < lengths[-1] <= 2000
+    assert lengths[100] == pytest.approx(200, rel=0.4)
+
+
+@pytest.mark.parametrize("name", ["chats", "chats-other"])
+def test_conversations_grow_from_one_system_prompt(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workloads, "PAUSE_SECONDS", 0)
+    asked = put(name, 3, 0)
+    assert (len(asked.requests), asked.most) == (3 * workloads.TURNS, 3)
+    for turns, tokens in asked.requests:
+        assert tokens == workloads.ANSWER_TOKENS
+        assert turns[0] == {"role": "system", "content": "x" * 800}
+        assert [turn["role"] for turn in turns[1::2]] == ["user"] * (len(turns) // 2)
+        for turn in turns[2::2]:
+            assert turn["role"] == "assistant"
+            assert turn["content"].startswith("answer") is (name == "chats")
+    sizes = sorted(len(turns) for turns, _ in asked.requests)
+    assert sizes == sorted([2, 4, 6, 8, 10] * 3)
+
+
+def test_arrivals_come_at_random_whether_or_not_others_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits, sleep = [], asyncio.sleep
+
+    async def skip(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(workloads.asyncio, "sleep", skip)
+    asked = put("arrivals", 8, 4000)
+    assert len(asked.requests) == 4000
+    between = [seconds for seconds in waits if seconds]
+    assert statistics.mean(between) == pytest.approx(1 / 8, rel=0.1)
+    assert statistics.stdev(between) == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_a_server_that_runs_already_is_measured_by_turn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a log of its steps."""
+    monkeypatch.setattr(workloads, "SYSTEM_TOKENS", 40)
+    monkeypatch.setattr(workloads, "TURN_TOKENS", 20)
+    monkeypatch.setattr(workloads, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(workloads, "PROMPTS", (20, 0.5, 16, 60))
+    monkeypatch.setattr(workloads, "ANSWERS", (8, 0.5, 4, 20))
+    log, out = tmp_path / "steps", tmp_path / "results.json"
+    common = f"--model {folder} --device cpu --dtype float32 --threads 1"
+    command = ["endless", *common.split()[:-2], "--host", "127.0.0.1"]
+    way = benchmark.Way("it", [*command, "--steps", str(log)], None, [1], threads=1)
+
+    async def measure() -> None:
+        async with way.running():
+            arguments = f"{common} --port {way.port} --served-model any --repeat 1"
+            arguments += " --prompt-tokens 20 --new-tokens 8 --requests 4"
+            arguments += f" --workload chats:2,mix --clients 2 --out {out}"
+            await asyncio.to_thread(benchmark.main, arguments.split())
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        asyncio.run(measure())
+        steps.main(log)
+    chats, mix = sorted(
+        json.loads(out.read_text())["table"], key=lambda row: row["workload"]
+    )
+    assert (chats["workload"], mix["workload"]) == ("chats", "mix")
+    assert chats["tokens_per_s"] * chats["seconds"] == pytest.approx(2 * 5 * 8)
+    assert all(chats[f"turn_{turn}_p50_s"] > 0 for turn in range(2, 6))
+    assert "turn_2_p50_s" not in mix
+    *_, last = printed.getvalue().splitlines()
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {*last.split()} & {"decode", "prompts,", "mixed,"}
+    assert all(each["rows"] >= 1 and each["update"] >= 0 for each in entries)
+    assert sum(each["prompts"] for each in entries) >= 10 + 4
