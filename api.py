@@ -941,8 +941,8 @@ header, form, .bar { display: flex; flex-wrap: wrap; justify-content: space-betw
 header, form, .bar { gap: .4rem .8rem; } form { padding-top: .4rem; }
 main { overflow-y: auto; overscroll-behavior: contain; border-block: 1px solid var(--line); }
 h1 { margin: 0 auto 0 0; font-size: 1.05rem; } h2 { margin-top: 25vh; text-align: center; }
-p { margin: 0 0 .8rem; white-space: pre-wrap; }
-section { padding: .3rem; content-visibility: auto; contain-intrinsic-size: auto 12rem; }
+p { margin: 0 0 .8rem; white-space: pre-wrap; } section { padding: .3rem; }
+section:not(:last-child) { content-visibility: auto; contain-intrinsic-size: auto 12rem; }
 .question { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem .9rem;
   background: var(--bubble); border-radius: 1.1rem 1.1rem .25rem; }
 .bar { min-height: 2rem; color: var(--quiet); font-size: .85rem; user-select: none; }
@@ -987,6 +987,7 @@ const [main, notice, key, field, send] = ["main", "notice", "key", "field", "sen
 const base = location.origin + location.pathname.replace(/\/*$/, "/"); // also where that is /phi4
 let history = []; // the conversation, as the last answer gave it
 let request = null; // of the answer in progress: abort() ends it, and the server frees its place
+let follows = true, top = 0; // whether the reader is at the end, and where the end was
 let state = "ok"; // of the server, as far as is known; otherwise the name of what is to be said
 function add(parent, tag, className = "", textContent = "") {
   const element = Object.assign(document.createElement(tag), { className, textContent, dir: "auto" });
@@ -994,20 +995,19 @@ function add(parent, tag, className = "", textContent = "") {
 }
 function addCopy(bar, element) {
   add(bar, "button", "", say("copy")).onclick = () => {
-    getSelection().selectAllChildren(element);
-    document.execCommand("copy"); // navigator.clipboard is there over https only
+    getSelection().selectAllChildren(element); document.execCommand("copy"); // the clipboard wants https
   };
   return element;
 }
 const addCode = (parent, language) =>
   addCopy(add(parent, "div", "bar", language), add(add(parent, "pre"), "code"));
-
-// Show what has come of an answer. Lines of ``` enclose code; the last line may be the beginning of one.
-// Each part has a text node that only grows, so that a long answer costs no more than a short one.
+// Lines of ``` enclose code, also behind the mark of a list.
+const FENCE = /^[ \t]*(?:[-*+] |\d+[.)] )?[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t]*\1`*[ \t]*$|(?![^]))/m;
+// Show what has come of an answer, whose last line may be the beginning of a fence. Each part has a text
+// node that only grows, so that a long answer costs no more than a short one.
 function show(answer, parent, nodes, isWhole) {
-  const follows = main.scrollHeight - main.scrollTop < main.clientHeight + 50;
-  const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*(``?|```.*)?$/, "$1");
-  const parts = text.split(/^[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t]*\1[ \t]*$|(?![^]))/m);
+  const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*([-*+]|\d+[.)]?)?[ \t]*(``?|```[^\n]*)?$/, "$1");
+  const parts = text.split(FENCE);
   for (let i = 0; i < parts.length; i += i % 4 ? 1 : 3) { // text, ```, language, code, text ...
     const isCode = i % 4 === 3, part = isCode ? parts[i] : parts[i].trim();
     nodes[i] ??= (isCode ? addCode(parent, parts[i - 1]) : add(parent, "p")).appendChild(new Text());
@@ -1015,39 +1015,36 @@ function show(answer, parent, nodes, isWhole) {
   }
   if (follows) main.scrollTop = main.scrollHeight;
 }
-
 function call(path, options) {
   const bytes = String.fromCharCode(...new TextEncoder().encode(key.value.trim())); // headers are bytes
   const headers = { "Content-Type": "application/json", Authorization: `Bearer ${bytes}` };
   return fetch(base + path, { headers, ...options });
 }
-// Learn how the server is and whether it wants a key, and say so. While it cannot answer, look again.
+// Learn how the server is and, by its models, whether it wants a key. While it cannot answer, look again.
 async function look() {
   try {
     const { status = 403, model = "phi-4" } = await (await call("health")).json();
     byId("model").textContent = document.title = model.replace(TEXTS.demo[0], say("demo"));
     let found = status === "ok" || status in TEXTS ? status : "gone";
-    // This needs the key, too, and costs nothing.
     if (found === "ok" && (await call("v1/models")).status === 401) found = key.value ? 401 : "key";
     state = found;
   } catch { state = "gone"; } // no connection, or no JSON
   notice.textContent = state === "ok" ? "" : say(state);
   key.form.hidden = state !== 401 && state !== "key";
-  if (state === "loading" || state === "gone") setTimeout(look, 2000);
+  clearTimeout(look.timer);
+  if (state === "loading" || state === "gone") look.timer = setTimeout(look, 2000);
 }
-
-const inWords = (detail) => // which is a text, or a list of wrong fields
+const inWords = (detail) => // a text, or a list of wrong fields
   `${say(/context_length/.test(detail) ? "long" : "failed")} (${detail[0]?.msg ?? detail})`;
-
 // Send a question. Where all places are taken, try a few times.
 async function post(body, signal, note) {
   for (let attempt = 1; ; attempt++) {
     const response = await call("", { method: "POST", body: JSON.stringify(body), signal });
     if (response.ok) return response;
-    const { detail } = await response.json().catch(() => ({ detail: response.statusText }));
+    const { detail = response.status } = (await response.json().catch(() => null)) ?? {};
     if (response.status !== 503 || attempt > 5) throw new Error(inWords(detail));
-    const seconds = attempt * (response.headers.get("Retry-After") ?? 1);
-    note.textContent = `${say("full")} ${say("again")}: ${seconds} s`;
+    const seconds = attempt * (parseInt(response.headers.get("Retry-After")) || 1);
+    note.textContent = `${say(/loading/.test(detail) ? "loading" : "full")} ${say("again")}: ${seconds} s`;
     await new Promise((retry, stop) => { setTimeout(retry, 1000 * seconds); signal.onabort = stop; });
   }
 }
@@ -1061,10 +1058,9 @@ async function* events(response) {
     for (const line of lines) if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
   }
 }
-
 async function ask(prompt) {
   const { signal } = (request = new AbortController()), nodes = [];
-  const turn = add(main, "section");
+  const turn = Object.assign(add(main, "section"), { ariaLabel: prompt.slice(0, 80) });
   add(turn, "p", "question", prompt);
   const body = add(turn, "div"), bar = add(turn, "div", "bar"), note = add(bar, "output", "", say("busy"));
   send.textContent = say("stop");
@@ -1088,16 +1084,15 @@ async function ask(prompt) {
     } else { // the turn is shown, but it is not in the history
       turn.className = "failed";
       note.textContent = error.name === "Error" ? error.message : say("broken");
-      add(bar, "button", "", say("again")).onclick = () => { if (!request) { turn.remove(); ask(prompt); } };
+      const retry = () => { if (!request) { turn.remove(); ask(prompt); field.focus(); } };
+      add(bar, "button", "", say("again")).onclick = retry;
       look();
     }
   }
   show(answer, body, nodes, true);
   if (answer) addCopy(bar, body);
-  request = null;
-  send.textContent = say("send");
+  request = null; send.textContent = say("send");
 }
-
 field.form.onsubmit = (event) => {
   event.preventDefault();
   if (request) return request.abort();
@@ -1106,6 +1101,11 @@ field.form.onsubmit = (event) => {
   ask(field.value.toWellFormed()); // no half characters
   field.value = "";
 };
+main.onscroll = () => { // to the end, or up and away from it
+  follows = main.scrollHeight - main.scrollTop < main.clientHeight + 50 || (follows && main.scrollTop >= top);
+  top = main.scrollTop;
+};
+send.onclick = (event) => { if (event.detail > 1) event.preventDefault(); }; // of a double click
 field.onkeydown = (event) => {
   const isComposing = event.isComposing || event.keyCode === 229; // which is how Safari says it
   if (event.key !== "Enter" || event.shiftKey || isComposing) return;
@@ -1114,15 +1114,15 @@ field.onkeydown = (event) => {
 };
 key.form.onsubmit = async (event) => {
   event.preventDefault();
-  sessionStorage.setItem(base, key.value);
   await look();
   if (state === "ok") field.focus();
+  sessionStorage.setItem(base, key.value);
 };
 for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
 byId("docs").href = base + "docs";
 field.placeholder = field.ariaLabel = say("field");
+look(); // before what fails where the browser forbids storage
 key.value = sessionStorage.getItem(base);
-look();
 </script>
 """
 

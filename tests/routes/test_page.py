@@ -320,6 +320,11 @@ SHOWN = {
         f"{FENCE}`md\n{FENCE}\nx\n{FENCE}\n{FENCE}`\nend",
         [("md", f"{FENCE}\nx\n{FENCE}\n"), "end"],
     ),
+    "behind the mark of a list": (
+        f"Do:\n- {FENCE}sh\n  ls\n  {FENCE}\n- b\n12. {FENCE}\nx\n{FENCE}\n- 3",
+        ["Do:", ("sh", "  ls\n"), "- b", ("", "x\n"), "- 3"],
+    ),
+    "a longer end": (f"{FENCE}c\nx\n{FENCE}`\nend", [("c", "x\n"), "end"]),
     "two": (
         f"{FENCE}a\n1\n{FENCE}\n{FENCE}b\n2\n{FENCE}",
         [("a", "1\n"), ("b", "2\n")],
@@ -546,7 +551,8 @@ def test_a_stream_without_an_end(chat: Chat, cut: str) -> None:
 @pytest.mark.parametrize(
     ("status", "body", "told"),
     [
-        (502, "<html>Bad Gateway", "The server answers with an error. (Bad Gateway)"),
+        (502, "<html>Bad Gateway", "The server answers with an error. (502)"),
+        (500, "null", "The server answers with an error. (500)"),
         (422, {"detail": [{"loc": ["body"], "msg": "is too small"}]}, "(is too small)"),
         (413, {"detail": "the body has over 9 bytes"}, "(the body has over 9 bytes)"),
     ],
@@ -725,6 +731,52 @@ def test_it_scrolls_only_for_a_reader_at_the_end(
         chat.run("main.scrollTop = 50")
     expect(chat.turn().note).to_have_text("Complete")
     assert chat.run("main.scrollTop") == 50
+
+
+def test_it_follows_an_answer_to_a_long_question_and_while_one_writes(
+    chat: Chat, counting: Running, say: Say
+) -> None:
+    say(*[b"word\n\n" * 20] * 3)
+    at_end = "main.scrollHeight - main.scrollTop - main.clientHeight < 2"
+    words = "main.textContent.match(/word/g)?.length"
+    with counting.gate as gate:
+        gate.allow(1)
+        chat.ask("a\n" * 80)
+        wait_until(lambda: chat.run(words) == 20)
+        wait_until(lambda: chat.run(at_end))
+        chat.page.set_viewport_size({"width": 400, "height": 350})
+        chat.field.fill("1\n2\n3\n4\n5")
+        gate.allow(1)
+        wait_until(lambda: chat.run(words) == 40)
+        wait_until(lambda: chat.run(at_end))
+
+
+def test_a_double_click_sends_once_and_stops_once(
+    chat: Chat, counting: Running, say: Say
+) -> None:
+    say(b"one", b" two")
+    with counting.gate as gate:
+        gate.close()
+        chat.field.fill("hello")
+        chat.button.dblclick()
+        expect(chat.button).to_have_text("Stop")
+        gate.allow(1)
+        expect(chat.turn().text).to_have_text("one")
+        chat.field.fill("not yet")
+        chat.button.dblclick()
+        expect(chat.turn().note).to_contain_text("Stopped")
+        assert chat.field.input_value() == "not yet"
+    assert [body["prompt"] for body in chat.sent] == ["hello"]
+
+
+def test_a_server_that_loads_is_not_called_full(chat: Chat, say: Say) -> None:
+    say(b"one")
+    detail = json.dumps({"detail": "the server is loading"})
+    chat.page.route("**/", lambda route: route.fulfill(status=503, body=detail))
+    chat.ask()
+    expect(chat.turn().note).to_contain_text("The model is loading.")
+    chat.page.unroute("**/")
+    chat.answered("one")
 
 
 def test_a_long_answer_is_whole(chat: Chat, say: Say) -> None:
