@@ -613,7 +613,9 @@ MEANINGS = (
 
 def error_of(matcher: Any) -> str:
     """Why it is stuck, on one line and without the grammar; empty if it is not."""
-    why = re.split(r"\n +\d+ \| |<non-verbose", matcher.get_error())[0]
+    if not (error := matcher.get_error()):  # as after nearly every token
+        return ""
+    why = re.split(r"\n +\d+ \| |<non-verbose", error)[0]
     why = one_line(why.rpartition("JSON schema: ")[2])
     for words_of_library, meaning in MEANINGS:
         if re.match(words_of_library, why, re.IGNORECASE):

@@ -713,21 +713,23 @@ def test_the_demo_says_so(
     expect(name).to_have_text("phi-4 （演示模型，不是 phi-4）")
 
 
+AT_END = "main.scrollHeight - main.scrollTop - main.clientHeight < 2"
+WORDS = "main.textContent.match(/word/g)?.length"
+
+
 def test_it_scrolls_only_for_a_reader_at_the_end(
     chat: Chat, counting: Running, say: Say
 ) -> None:
     say(*[b"word\n\n" * 40] * 4)
-    at_end = "main.scrollHeight - main.scrollTop - main.clientHeight < 2"
-    words = "main.textContent.match(/word/g)?.length"
     with counting.gate as gate:
         gate.allow(1)
         chat.ask()
-        wait_until(lambda: chat.run(words) == 40)
-        wait_until(lambda: chat.run(at_end))
+        wait_until(lambda: chat.run(WORDS) == 40)
+        wait_until(lambda: chat.run(AT_END))
         assert chat.run("main.scrollTop") > 100
         gate.allow(1)
-        wait_until(lambda: chat.run(words) == 80)
-        wait_until(lambda: chat.run(at_end))
+        wait_until(lambda: chat.run(WORDS) == 80)
+        wait_until(lambda: chat.run(AT_END))
         chat.run("main.scrollTop = 50")
     expect(chat.turn().note).to_have_text("Complete")
     assert chat.run("main.scrollTop") == 50
@@ -737,18 +739,16 @@ def test_it_follows_an_answer_to_a_long_question_and_while_one_writes(
     chat: Chat, counting: Running, say: Say
 ) -> None:
     say(*[b"word\n\n" * 20] * 3)
-    at_end = "main.scrollHeight - main.scrollTop - main.clientHeight < 2"
-    words = "main.textContent.match(/word/g)?.length"
     with counting.gate as gate:
         gate.allow(1)
         chat.ask("a\n" * 80)
-        wait_until(lambda: chat.run(words) == 20)
-        wait_until(lambda: chat.run(at_end))
+        wait_until(lambda: chat.run(WORDS) == 20)
+        wait_until(lambda: chat.run(AT_END))
         chat.page.set_viewport_size({"width": 400, "height": 350})
         chat.field.fill("1\n2\n3\n4\n5")
         gate.allow(1)
-        wait_until(lambda: chat.run(words) == 40)
-        wait_until(lambda: chat.run(at_end))
+        wait_until(lambda: chat.run(WORDS) == 40)
+        wait_until(lambda: chat.run(AT_END))
 
 
 def test_a_double_click_sends_once_and_stops_once(
