@@ -37,7 +37,6 @@ settings, and looks at the folder and at the machine before anything is loaded.
 """
 
 import asyncio
-import codecs
 import copy
 import gc
 import ipaddress
@@ -82,7 +81,6 @@ from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
 from llguidance import LLExecutor
 from prometheus_client import Counter, Gauge, Histogram, exposition
-from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -99,13 +97,16 @@ import model_download
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
     JSON,
+    Answer,
     ChatCompletion,
     ChatRequest,
     ChatResponse,
     ClientError,
-    FinishReason,
+    ErrorBody,
+    Health,
     ModelCard,
     ModelList,
+    OpenAIErrorBody,
     OpenAIRequest,
     SamplingFields,
     Turn,
@@ -170,39 +171,18 @@ class Sampling:
         return self
 
 
-class Generation:
+class Generation(Answer):
     """One request from its admission to its last token: the engine feeds tokens in, and
-    every route formats the text that comes out.
-
-    The text never ends inside a character, inside a stop string or inside `mark`, with
-    which a call begins. Bytes that cannot be UTF-8 become U+FFFD, as in
-    `tokenizer.decode`; a character that is cut off by the end of the answer is left out.
-    """
+    every route formats the text that comes out."""
 
     sampling: Sampling  # once it is tokenised
+    error: Exception | None = None
+    first_token = last_token = 0.0  # when they came; 0: not yet
 
-    def __init__(
-        self,
-        model: str,
-        stop: list[str] | None,
-        is_json: bool = False,
-        mark: str | None = None,
-    ) -> None:
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
-        # OpenAI's response and each of its chunks begin with these.
-        created = int(time.time())
-        self.openai_fields = {"id": self.id, "created": created, "model": model}
-        self.stop_strings, self.is_json, self.mark = stop or [], is_json, mark
-        self.in_call = False  # from the mark on
-        self.prompt_tokens = self.completion_tokens = 0
-        self.text = ""
-        self.held = ""  # the end of the text, with which a stop or a mark may begin
-        self.finish_reason: FinishReason | None = None
-        self.error: Exception | None = None
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, *answer: Any) -> None:
+        super().__init__(*answer)
         self.changed = asyncio.Event()  # set when there is more text, or it has ended
         self.arrived = time.monotonic()
-        self.first_token = self.last_token = 0.0  # when they came; 0: not yet
 
     async def in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         """Do this in a thread, unless the generation is released before its turn."""
@@ -220,68 +200,6 @@ class Generation:
         self.changed.clear()
         if self.error:
             raise self.error
-
-    def feed(self, token: bytes | None) -> None:
-        """Add the bytes of a token, None for one that ends the answer."""
-        self.completion_tokens += 1
-        if token is None:
-            return self.finish("stop")
-        text = self.held + self.decoder.decode(token)
-        if self.is_json and not self.text and text[:1] != "<":
-            self.mark = None  # JSON, which may have one in a string
-        end = self.find_stop(text[: len(text) - length_of_begun(text, [self.mark])])
-        self.held = ""
-        if end is not None:
-            # A stop string that cuts JSON leaves it incomplete, as a limit does.
-            self.finish_reason = "length" if self.is_json else "stop"
-        elif not self.in_call:
-            end = len(text) - length_of_begun(text, [*self.stop_strings, self.mark])
-            self.held = text[end:]
-        self.text += text[:end]
-        if text[:end]:
-            self.changed.set()
-
-    def find_stop(self, text: str) -> int | None:
-        """Where the first stop string begins in what follows the text. None is looked for
-        in calls and their mark: they are no text."""
-        if self.in_call:
-            return None
-        if self.mark:
-            text, mark, _ = text.partition(self.mark)
-            self.in_call = bool(mark)
-        found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
-        return min(found, default=None)
-
-    def finish(self, reason: FinishReason) -> None:
-        """End the answer, if no stop string has. What was held belongs to it, but not the
-        beginning of a mark that a limit has cut."""
-        if self.finish_reason is None:
-            self.finish_reason = reason
-            end = len(self.held) - length_of_begun(self.held, [self.mark])
-            if reason == "stop":
-                end = self.find_stop(self.held)
-            self.text += self.held[:end]
-
-    def usage(self) -> dict[str, Any]:
-        """Token counts, as both routes give them."""
-        prompt, new = self.prompt_tokens, self.completion_tokens
-        used = {"prompt_tokens": prompt, "completion_tokens": new}
-        return used | {"total_tokens": prompt + new}
-
-    def openai_usage(self) -> dict[str, Any]:
-        """The same, with cached tokens."""
-        details = {"cached_tokens": self.sampling.cached_tokens}
-        return self.usage() | {"prompt_tokens_details": details}
-
-
-def length_of_begun(text: str, watched: list[str | None]) -> int:
-    """Characters at the end of the text with which one of these may begin."""
-    expected = [each for each in watched if each]
-    longest = max(map(len, expected), default=0)
-    for length in range(min(len(text), longest - 1), 0, -1):
-        if any(each.startswith(text[-length:]) for each in expected):
-            return length
-    return 0
 
 
 # A conversation of up to INLINE_CHARS is tokenised on the event loop: it takes a
@@ -549,11 +467,15 @@ class Engine:
                 continue
             generation.last_token = time.monotonic()
             generation.first_token = generation.first_token or generation.last_token
+            generation.cached_tokens = generation.sampling.cached_tokens
+            before = len(generation.text)
             for token in output.generated_tokens[generation.completion_tokens :]:
                 if generation.finish_reason is None:
                     piece = self.token_bytes[token]
                     goes_on = piece is None and generation.sampling.body.ignore_eos
                     generation.feed(b"" if goes_on else piece)
+            if len(generation.text) > before:
+                generation.changed.set()
             if output.is_finished():
                 generation.finish("length")
             if generation.finish_reason:
@@ -715,20 +637,6 @@ def ping(engine: Engine, generation: Generation) -> None:
     if generation.id in engine.admitted:
         generation.changed.set()
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
-
-
-class ErrorBody(BaseModel):
-    detail: str | list[dict[str, Any]]
-
-
-class OpenAIErrorBody(BaseModel):
-    error: dict[str, str | None]
-
-
-class Health(BaseModel):
-    status: Literal["ok", "loading", "down", "draining"]
-    model: str
-    device: str
 
 
 SSE = {200: {"content": {"text/event-stream": {}}}}

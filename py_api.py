@@ -159,14 +159,16 @@ if __name__ == "__main__":
 # ends before this line, and needs no package but requests.
 # ------------------------------------------------------------------------------
 
+import codecs
 import math
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
 import pydantic
@@ -174,9 +176,6 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
-
-if TYPE_CHECKING:
-    from api import Generation
 
 
 class ClientError(HTTPException):
@@ -227,6 +226,16 @@ def validation_details(error: RequestValidationError) -> list[dict[str, Any]]:
 
 
 JSON = "application/json"
+
+
+class ErrorBody(BaseModel):
+    detail: str | list[dict[str, Any]]
+
+
+class OpenAIErrorBody(BaseModel):
+    error: dict[str, str | None]
+
+
 # OpenAI's codes, by status or by pydantic's type of error.
 CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
 CODES |= {"unsupported_parameter": "unsupported_parameter"}
@@ -302,6 +311,95 @@ TokenId = Annotated[int, Field(ge=0, strict=False)]  # a key of JSON is a string
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+class Answer:
+    """The answer to one request as it grows: bytes of tokens in, text out.
+
+    The text never ends inside a character, inside a stop string or inside `mark`, with
+    which a call begins. Bytes that cannot be UTF-8 become U+FFFD, as in
+    `tokenizer.decode`; a character that is cut off by the end of the answer is left out.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        stop: list[str] | None,
+        is_json: bool = False,
+        mark: str | None = None,
+    ) -> None:
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        # OpenAI's response and each of its chunks begin with these.
+        created = int(time.time())
+        self.openai_fields = {"id": self.id, "created": created, "model": model}
+        self.stop_strings, self.is_json, self.mark = stop or [], is_json, mark
+        self.in_call = False  # from the mark on
+        # Of the prompt, of the answer, and of the prompt from the prefix cache.
+        self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
+        self.text = ""
+        self.held = ""  # the end of the text, with which a stop or a mark may begin
+        self.finish_reason: FinishReason | None = None
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: bytes | None) -> None:
+        """Add the bytes of a token, None for one that ends the answer."""
+        self.completion_tokens += 1
+        if token is None:
+            return self.finish("stop")
+        text = self.held + self.decoder.decode(token)
+        if self.is_json and not self.text and text[:1] != "<":
+            self.mark = None  # JSON, which may have one in a string
+        end = self.find_stop(text[: len(text) - length_of_begun(text, [self.mark])])
+        self.held = ""
+        if end is not None:
+            # A stop string that cuts JSON leaves it incomplete, as a limit does.
+            self.finish_reason = "length" if self.is_json else "stop"
+        elif not self.in_call:
+            end = len(text) - length_of_begun(text, [*self.stop_strings, self.mark])
+            self.held = text[end:]
+        self.text += text[:end]
+
+    def find_stop(self, text: str) -> int | None:
+        """Where the first stop string begins in what follows the text. None is looked for
+        in calls and their mark: they are no text."""
+        if self.in_call:
+            return None
+        if self.mark:
+            text, mark, _ = text.partition(self.mark)
+            self.in_call = bool(mark)
+        found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
+        return min(found, default=None)
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the answer, if no stop string has. What was held belongs to it, but not the
+        beginning of a mark that a limit has cut."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            end = len(self.held) - length_of_begun(self.held, [self.mark])
+            if reason == "stop":
+                end = self.find_stop(self.held)
+            self.text += self.held[:end]
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts, as both routes give them."""
+        prompt, new = self.prompt_tokens, self.completion_tokens
+        used = {"prompt_tokens": prompt, "completion_tokens": new}
+        return used | {"total_tokens": prompt + new}
+
+    def openai_usage(self) -> dict[str, Any]:
+        """The same, with cached tokens."""
+        details = {"cached_tokens": self.cached_tokens}
+        return self.usage() | {"prompt_tokens_details": details}
+
+
+def length_of_begun(text: str, watched: list[str | None]) -> int:
+    """Characters at the end of the text with which one of these may begin."""
+    expected = [each for each in watched if each]
+    longest = max(map(len, expected), default=0)
+    for length in range(min(len(text), longest - 1), 0, -1):
+        if any(each.startswith(text[-length:]) for each in expected):
+            return length
+    return 0
+
+
 class SamplingFields(Strict):
     """What both routes accept; null means the default."""
 
@@ -340,9 +438,9 @@ class SamplingFields(Strict):
         """With which a call begins in the answer; None: it has no calls."""
         return None
 
-    def finish_reason(self, generation: "Generation") -> FinishReason | None:
+    def finish_reason(self, answer: Answer) -> FinishReason | None:
         """None while it goes on."""
-        return generation.finish_reason
+        return answer.finish_reason
 
 
 # Ends of lines for Unicode, though not for server-sent events: clients that read line
@@ -382,18 +480,18 @@ class ChatRequest(SamplingFields, json_schema_extra=CHAT_EXAMPLE):
     def turns(self) -> list[Turn]:
         return [*self.history, Turn(role="user", content=self.prompt)]
 
-    def to_response(self, generation: "Generation") -> ChatResponse:
+    def to_response(self, answer: Answer) -> ChatResponse:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        turns = [*self.turns(), Turn(role="assistant", content=generation.text)]
-        return ChatResponse(response=generation.text, history=turns, time=now)
+        turns = [*self.turns(), Turn(role="assistant", content=answer.text)]
+        return ChatResponse(response=answer.text, history=turns, time=now)
 
-    def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
+    def to_events(self, answer: Answer, sent: int) -> Iterator[bytes]:
         """The next server-sent events; `sent` characters are out already."""
-        if delta := generation.text[sent:]:
+        if delta := answer.text[sent:]:
             yield sse(b'{"delta": %b}' % to_json(delta))
-        if generation.finish_reason:
-            yield sse(to_json(self.to_response(generation)))
-            end = {"finish_reason": generation.finish_reason} | generation.usage()
+        if answer.finish_reason:
+            yield sse(to_json(self.to_response(answer)))
+            end = {"finish_reason": answer.finish_reason} | answer.usage()
             yield sse(to_json(end), b"end")
 
 
@@ -906,6 +1004,12 @@ class ChatCompletion(BaseModel):
     usage: dict[str, int | dict[str, int]]
 
 
+class Health(BaseModel):
+    status: Literal["ok", "loading", "down", "draining"]
+    model: str
+    device: str
+
+
 class ModelCard(BaseModel):
     """The model that is served."""
 
@@ -1020,26 +1124,26 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         return self.max_completion_tokens or self.max_tokens
 
     def parts(
-        self, generation: "Generation", end: int | None = None
+        self, answer: Answer, end: int | None = None
     ) -> tuple[str, list[dict[str, Any]]]:
         """The text of an answer and the calls in it, of its first `end` characters."""
-        text = generation.text[:end]
+        text = answer.text[:end]
         if not self.offered() or (self.is_json() and not text.startswith(CALL_MARK)):
             return text, []
         text, calls = split_calls(text)
         first = {"index": 0, "id": "", "type": "function"}
         parts = [first | {"function": call} for call in calls]
         for index, part in enumerate(parts):
-            part |= {"index": index, "id": f"call_{generation.id[-24:]}{index}"}
+            part |= {"index": index, "id": f"call_{answer.id[-24:]}{index}"}
         return text, parts
 
-    def finish_reason(self, generation: "Generation") -> FinishReason | None:
-        reason = generation.finish_reason
-        called = reason == "stop" and self.parts(generation)[1]
+    def finish_reason(self, answer: Answer) -> FinishReason | None:
+        reason = answer.finish_reason
+        called = reason == "stop" and self.parts(answer)[1]
         return "tool_calls" if called else reason
 
-    def to_response(self, generation: "Generation") -> dict[str, Any]:
-        text, calls = self.parts(generation)
+    def to_response(self, answer: Answer) -> dict[str, Any]:
+        text, calls = self.parts(answer)
         message: dict[str, Any] = {"role": "assistant", "content": text}
         message["refusal"] = None
         if calls:
@@ -1047,13 +1151,13 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
             for call in calls:  # their numbers are for streams
                 del call["index"]
         choice = {"index": 0, "message": message, "logprobs": None}
-        choice["finish_reason"] = self.finish_reason(generation)
-        fields = generation.openai_fields | {"object": "chat.completion"}
-        return fields | {"choices": [choice], "usage": generation.openai_usage()}
+        choice["finish_reason"] = self.finish_reason(answer)
+        fields = answer.openai_fields | {"object": "chat.completion"}
+        return fields | {"choices": [choice], "usage": answer.openai_usage()}
 
-    def to_events(self, generation: "Generation", sent: int) -> Iterator[bytes]:
+    def to_events(self, answer: Answer, sent: int) -> Iterator[bytes]:
         """The next server-sent events; `sent` characters are out already."""
-        fields = generation.openai_fields | {"object": "chat.completion.chunk"}
+        fields = answer.openai_fields | {"object": "chat.completion.chunk"}
 
         def chunk(delta: dict[str, Any], reason: FinishReason | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "logprobs": None}
@@ -1061,10 +1165,10 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
                 to_json(fields | {"choices": [choice | {"finish_reason": reason}]})
             )
 
-        before, known = self.parts(generation, sent)
-        text, calls = self.parts(generation)
+        before, known = self.parts(answer, sent)
+        text, calls = self.parts(answer)
         if not sent:
-            content = "" if text or not generation.text else None
+            content = "" if text or not answer.text else None
             yield chunk({"role": "assistant", "content": content})
         if delta := text[len(before) :]:
             yield chunk({"content": delta})
@@ -1077,9 +1181,9 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
             if new:
                 part = {"index": call["index"], "function": {"arguments": new}}
                 yield chunk({"tool_calls": [part]})
-        if generation.finish_reason:
-            yield chunk({}, self.finish_reason(generation))
+        if answer.finish_reason:
+            yield chunk({}, self.finish_reason(answer))
             if self.stream_options and self.stream_options.include_usage:
-                usage = {"choices": [], "usage": generation.openai_usage()}
+                usage = {"choices": [], "usage": answer.openai_usage()}
                 yield sse(to_json(fields | usage))
             yield sse(b"[DONE]")
