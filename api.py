@@ -19,7 +19,8 @@ Routes
 POST /, /v1/... and /metrics need the API key, where one is set.
 
 Limits (settings, where it does not say otherwise)
-    128 requests run at once on a GPU and 256 more wait; the next one gets a 503.
+    256 requests run at once on a GPU of 80 GB (fewer on a smaller one) and twice as many
+    wait; the next one gets a 503.
     A body has at most 1 MiB and 30 seconds; a request has 300 seconds. (Not settings:
     the head of a request has 10 seconds and 16 KiB; there are 2,000 connections.)
     An answer of POST / has 512 tokens unless the request says otherwise. Prompt and
@@ -83,7 +84,6 @@ from llguidance import LLExecutor
 from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -91,13 +91,28 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import modeling_flash_attention_utils as flash
 from transformers.generation import continuous_batching as batching
-from uvicorn.protocols.http.h11_impl import H11Protocol
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CPUs has none
+
+    class triton:
+        jit = staticmethod(lambda kernel: kernel)
+
+    class tl:
+        constexpr = int
+
 
 import model_download
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
+    CLIENT_SECONDS,
+    CLOSE,
     JSON,
+    MAX_CONNECTIONS,
     Answer,
+    BoundedRequest,
     ChatCompletion,
     ChatRequest,
     ChatResponse,
@@ -108,6 +123,7 @@ from py_api import (
     ModelList,
     OpenAIErrorBody,
     OpenAIRequest,
+    Protocol,
     SamplingFields,
     Turn,
     error_response,
@@ -247,7 +263,8 @@ class Engine:
         settings = self.settings
         self.device = device = model_download.preflight(settings)
         gpu, dtype = device.type == "cuda", settings.dtype
-        settings.resolve(gpu)
+        memory = torch.cuda.mem_get_info(device)[1] if gpu else 0
+        settings.resolve(memory / 2**30)
         if dtype == "auto":
             # CPUs that multiply bfloat16 are faster with it, others far slower.
             fast = gpu or torch.cpu._is_avx512_bf16_supported()
@@ -500,44 +517,6 @@ class Engine:
 # ------------------------------------------------------------------------------
 # Routes
 # ------------------------------------------------------------------------------
-
-
-CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
-MAX_FIELDS = 10_000  # of a body; a context of 16384 tokens holds 4,000
-
-
-class BoundedRequest(Request):
-    """A request whose body comes within the limits of size and time."""
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Raises HTTPException: 408 or 413."""
-        settings: Settings = self.app.state.engine.settings
-        limit, size = settings.max_body_bytes, 0
-        try:
-            async with asyncio.timeout(settings.body_timeout):
-                async for piece in super().stream():
-                    size += len(piece)
-                    if size <= limit:
-                        yield piece
-                    elif size > 16 * limit:  # at once, a reset would overtake the 413
-                        break
-        except (TimeoutError, ClientDisconnect) as error:
-            raise HTTPException(408, "the body came too slowly", CLOSE) from error
-        if size > limit:  # Protocol reads the rest, if there is any, and drops it
-            raise HTTPException(413, f"the body has over {limit} bytes")
-
-    async def json(self) -> Any:
-        """Raises a 400 for another encoding, and for more fields than can be validated
-        in an instant; ValueError for what is not JSON."""
-        if len(re.findall(rb'"\s*:', await self.body())) > MAX_FIELDS:
-            raise HTTPException(400, f"the body has over {MAX_FIELDS} fields")
-        try:
-            return await super().json()
-        except UnicodeDecodeError as error:
-            why = f"send JSON in UTF-8, not compressed ({error})"
-            raise HTTPException(400, why) from error
-        except RecursionError as error:
-            raise HTTPException(400, "the JSON is nested too deeply") from error
 
 
 class SecuredRoute(APIRoute):
@@ -1071,7 +1050,7 @@ def create_manager(model: Any, ends: list[int], settings: Settings) -> Any:
     requests at once, over and over. `warmup` allocates its cache and, on a GPU, compiles
     the layers and captures the CUDA graphs."""
     on_flash = model.config._attn_implementation == FLASH
-    page_size = PAGE_SIZE if on_flash else 16
+    page_size = FLASH_PAGE_SIZE if on_flash and not FlashRunner.compiles else PAGE_SIZE
     config = transformers.ContinuousBatchingConfig(
         page_size=page_size,
         # None: what is left of the GPU's memory
@@ -1099,6 +1078,8 @@ def start_thread(manager: Any, deliver: Callable[[list[Any]], Any]) -> None:
     """Start the generation thread; it calls `deliver` with the outputs of each step.
     The library's own handlers, one for each request, would leak where one is cancelled:
     it has no last output."""
+    # A step that failed may have left pages that are shared and were never computed.
+    manager.batch_processor.cache.reset()
     manager.output_router.deliver_batch = deliver
     manager.output_router.deliver = lambda output: deliver([output])
     # The manager runs its thread in the mode of the caller of `start`. On a CPU, where
@@ -1160,6 +1141,39 @@ def answer_of(state: Any) -> list[int]:
     some of them behind the prompt, in initial_tokens."""
     prompt = state._true_initial_tokens or len(state.initial_tokens)
     return state.initial_tokens[prompt:] + state.generated_tokens
+
+
+EVICTED_PAGES = 512  # at once, or half of those that are only kept, if that is more
+
+
+class Cache(batching.PagedAttentionCache):
+    """Shares the pages of a prompt from the step on that computes them: a layer writes
+    all keys of a step before any token attends. So requests that arrive together compute
+    the beginning that they have in common once."""
+
+    def count_new_complete_blocks(self, state: Any, length: int) -> dict[str, int]:
+        """Pages that a step fills with `length` tokens of a request, which the library
+        shares once it is over."""
+        counts = super().count_new_complete_blocks(state, length)
+        prompt, end = len(state.initial_tokens), state.current_len() + length
+        if not counts or end > prompt:
+            return counts
+        ((name, count),) = counts.items()
+        # Nobody looks for the page of a prompt's last token, which is always computed.
+        page_size = self.cache_allocators[name].tokens_per_page
+        later = int(end == prompt and end % page_size == 0)
+        self.mark_complete_blocks(state, {name: count - later})
+        return {name: later}
+
+    def evict_cached_blocks(self) -> bool:
+        """The oldest; the library would evict all that no request uses."""
+        (allocator,) = self.cache_allocators.values()
+        ledger, pages = allocator.ledger, list(allocator.ledger.cached_blocks)
+        count = max(EVICTED_PAGES, len(pages) // 2)
+        ledger.cached_blocks = dict.fromkeys(pages[:count])
+        evicted = super().evict_cached_blocks()
+        ledger.cached_blocks = dict.fromkeys(pages[count:])
+        return evicted
 
 
 class Scheduler(batching.FIFOScheduler):
@@ -1344,26 +1358,66 @@ def sample(
 
 # From here on: attention and CUDA graphs of a GPU.
 
-PAGE_SIZE = 256  # tokens in a page of the cache: the paged kernel takes no smaller one
+PAGE_SIZE = 16  # tokens in a page of the cache
+FLASH_PAGE_SIZE = 256  # without Triton: torch's paged kernel takes no smaller one
 # Steps of up to MAX_GRAPH_TOKENS tokens are CUDA graphs: with prompts in them one for
 # each multiple of GRAPH_STEP; decoding one for each power of two of rows, to which the
-# library pads them, for short and for long contexts (see steps_to_prepare). Larger
-# steps keep the GPU busy for longer than their launches take.
+# library pads them. Larger steps keep the GPU busy for longer than their launches take.
 MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 64
 # One prompt of more than CUDNN_MIN_TOKENS tokens is cuDNN's, which takes half the time
 # but plans each new length for 60 ms, so it gets multiples of CUDNN_MULTIPLE.
 CUDNN_MIN_TOKENS, CUDNN_MULTIPLE = 4096, 1024
-# Up to so many cached tokens one block of threads reads faster than several.
-SPLIT_KV_ABOVE = 768
+# The cached tokens of rows that decode are cut into chunks of a multiple of CHUNK tokens,
+# so that all of them take about DECODE_PROGRAMS programs of the kernel; the new tokens of
+# other rows into blocks of BLOCK tokens times heads. Measured on an H100.
+DECODE_PROGRAMS, CHUNK, BLOCK = 2048, 64, 64
 
 
 class StepShape(NamedTuple):
     """What has to be equal for two steps to share a CUDA graph."""
 
     num_tokens: int  # with padding
-    max_seqlen_q: int  # new tokens of the longest row; 1: all rows decode
-    max_seqlen_k: int  # an upper bound of the keys of a row
-    num_new_prompts: int  # rows, if no row has anything cached; otherwise 0
+    decoding: bool  # each row has one new token
+    num_new_prompts: int  # rows, if it is no graph and nothing is cached; otherwise 0
+
+
+class Parts(NamedTuple):
+    """Parts of rows, numbered from the first part of the first row. A program of the
+    kernel computes one of them for one key head."""
+
+    row: Tensor  # (most,) of each part; -1 behind the last
+    ends: Tensor  # (rows,) parts of this row and of all before
+
+
+def count_parts(counts: Tensor, most: int) -> Parts:
+    """Of rows that have `counts`, (rows,), parts, which are `most` at most."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    part = torch.arange(most, dtype=torch.int32, device=counts.device)
+    row = torch.bucketize(part, ends, right=True, out_int32=True)
+    return Parts(row.where(part < ends[-1], -1), ends)
+
+
+def cut_into_parts(
+    shape: StepShape,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Parts, Parts | None]:
+    """The last fields of a ForwardContext. Nothing of it waits for the GPU."""
+    new, cached = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    cached = cached.where(new == 1, 0)
+    unit = DECODE_PROGRAMS * CHUNK
+    chunk_size = (cached.sum() * kv_heads + unit - 1) // unit * CHUNK
+    chunk_size = chunk_size.clamp(min=CHUNK).int()
+    most = DECODE_PROGRAMS // kv_heads + len(new)
+    chunks = count_parts((cached + chunk_size - 1) // chunk_size, most)
+    if shape.decoding:
+        return chunk_size, chunks, None
+    tokens = BLOCK // (heads // kv_heads)
+    blocks = ((new + tokens - 1) // tokens).where(new > 1, 0)
+    most = shape.num_tokens // tokens + min(len(new), shape.num_tokens // 2)
+    return chunk_size, chunks, count_parts(blocks, most)
 
 
 class ForwardContext(NamedTuple):
@@ -1371,8 +1425,14 @@ class ForwardContext(NamedTuple):
     the layers compiled again for each step."""
 
     shape: StepShape
+    page_size: int
     slot_mapping: Tensor  # (2 * tokens,) where keys, then values go in a layer's cache
-    kernel_options: dict[str, Any]  # of varlen_attn
+    block_table: Tensor  # (rows, pages)
+    cu_seqlens_q: Tensor  # (rows + 1,)
+    cu_seqlens_k: Tensor  # (rows + 1,)
+    chunk_size: Tensor  # () cached tokens in a part of a row that decodes
+    chunks: Parts  # of rows that decode
+    blocks: Parts | None  # of the new tokens of the other rows, if there are such
 
 
 forward_context: ContextVar[ForwardContext] = ContextVar("forward_context")
@@ -1385,17 +1445,152 @@ def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
     q is (tokens, heads, dim), kv (2 * tokens, kv_heads, dim), cache (slots, kv_heads,
     dim). Returns the shape of q.
     """
-    context = forward_context.get()
-    cache.index_copy_(0, context.slot_mapping, kv)
-    k, v = kv.chunk(2)  # enough if nothing is cached, and faster than pages
-    if "block_table" in context.kernel_options:
-        # The library stores the keys of a block in one page and its values in the
-        # next. So the values are the same view, moved by a page.
-        pages = cache.unflatten(0, (-1, PAGE_SIZE))
-        k, v = pages[:-1], pages[1:]
-    elif context.shape.num_new_prompts == 1 and len(q) > CUDNN_MIN_TOKENS:
-        return attend_to_one_prompt(q, k, v, scale)
-    return varlen_attn(q, k, v, scale=scale, enable_gqa=True, **context.kernel_options)
+    step = forward_context.get()
+    cache.index_copy_(0, step.slot_mapping, kv)
+    if step.shape.num_new_prompts == 1 and len(q) > CUDNN_MIN_TOKENS:
+        return attend_to_one_prompt(q, *kv.chunk(2), scale)
+    if step.page_size == FLASH_PAGE_SIZE:
+        return attend_without_triton(q, cache, scale, step)
+    return paged_attention(q, cache, scale, step)
+
+
+@triton.jit
+def attend_to_parts(
+    query: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor,
+    ends: Tensor,
+    chunk_size: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    table_width: int,
+    HEADS: tl.constexpr,  # of keys
+    GROUP: tl.constexpr,  # heads of queries for each
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    SIZE: tl.constexpr,  # tokens times heads of a part, or more
+    KEYS: tl.constexpr,  # looked at together
+    DECODING: tl.constexpr,
+) -> None:
+    """FlashAttention for the new tokens of a part, (Dao, 2023), with the heads that share
+    a key head side by side. A part of a row that decodes looks at its chunk of the keys;
+    merge_chunks joins them. Another has some of the new tokens and looks at all keys."""
+    part, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    row = tl.load(rows + part)
+    if row >= 0:
+        nth = part - tl.load(ends + row - 1, mask=row > 0, other=0)
+        start, end_q = tl.load(cu_seqlens_q + row), tl.load(cu_seqlens_q + row + 1)
+        length = tl.load(cu_seqlens_k + row + 1) - tl.load(cu_seqlens_k + row)
+        index, d, n = tl.arange(0, SIZE), tl.arange(0, DIM), tl.arange(0, KEYS)
+        if DECODING:
+            token = start + index // GROUP
+            begin = nth * tl.load(chunk_size)
+            end = tl.minimum(begin + tl.load(chunk_size), length)
+        else:
+            token = start + nth * (SIZE // GROUP) + index // GROUP
+            begin = 0
+            end = tl.minimum(length - end_q + tl.max(token) + 1, length)
+        is_ours = (index < SIZE // GROUP * GROUP) & (token < end_q)
+        position = length - end_q + token
+        place = (token * HEADS + head) * GROUP + index % GROUP
+        q = tl.load(query + place[:, None] * DIM + d, mask=is_ours[:, None], other=0.0)
+        best = tl.full([SIZE], -1e30, tl.float32)
+        mass = tl.zeros([SIZE], tl.float32)
+        mean = tl.zeros([SIZE, DIM], tl.float32)
+        for at in tl.range(begin, end, KEYS):
+            key, there = at + n, at + n < end
+            page = tl.load(block_table + row * table_width + key // PAGE, there, 0)
+            slot = (page.to(tl.int64) * PAGE + key % PAGE) * HEADS + head
+            places = cache + slot[:, None] * DIM + d
+            k = tl.load(places, mask=there[:, None], other=0.0)
+            seen = there[None, :] & (key[None, :] <= position[:, None])
+            score = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -1e30)
+            now_best = tl.maximum(best, tl.max(score, 1))
+            weight = tl.exp2(score - now_best[:, None])
+            shrink = tl.exp2(best - now_best)
+            v = tl.load(places + PAGE * HEADS * DIM, mask=there[:, None], other=0.0)
+            mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+            mass, best = mass * shrink + tl.sum(weight, 1), now_best
+        mean /= mass[:, None]
+        if DECODING:
+            place = (part * HEADS + head) * GROUP + index
+            is_ours = index < GROUP
+            tl.store(logsumexp + place, best + tl.log2(mass), mask=is_ours)
+        places = out + place[:, None] * DIM + d
+        tl.store(places, mean.to(out.dtype.element_ty), mask=is_ours[:, None])
+
+
+@triton.jit
+def merge_chunks(
+    parts: Tensor,
+    logsumexp: Tensor,
+    ends: Tensor,
+    cu_seqlens_q: Tensor,
+    out: Tensor,
+    HEADS: tl.constexpr,  # of queries
+    DIM: tl.constexpr,
+) -> None:
+    """The mean of a row's parts, weighted by their mass."""
+    row, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, DIM)
+    first = tl.load(ends + row - 1, mask=row > 0, other=0)
+    best, mass, mean = -1e30, 0.0, tl.zeros([DIM], tl.float32)
+    for part in tl.range(first, tl.load(ends + row)):
+        place = part * HEADS + head
+        found = tl.load(logsumexp + place)
+        now_best = tl.maximum(best, found)
+        shrink, weight = tl.exp2(best - now_best), tl.exp2(found - now_best)
+        mean = mean * shrink + tl.load(parts + place * DIM + d) * weight
+        mass, best = mass * shrink + weight, now_best
+    if first < tl.load(ends + row):
+        place = tl.load(cu_seqlens_q + row) * HEADS + head
+        tl.store(out + place * DIM + d, (mean / mass).to(out.dtype.element_ty))
+
+
+def paged_attention(
+    q: Tensor, cache: Tensor, scale: float, step: ForwardContext
+) -> Tensor:
+    """Causal attention of a step's new tokens to the cache, shapes as in `attend`."""
+    (_, heads, dim), kv_heads, out = q.shape, cache.shape[1], torch.empty_like(q)
+    table, chunks, num_chunks = step.block_table, step.chunks, len(step.chunks.row)
+    means = torch.empty(num_chunks, heads, dim, device=q.device)
+    logsumexp = torch.empty(num_chunks, heads, device=q.device)
+
+    def attend_to(parts: Parts, out: Tensor, **sizes: Any) -> None:
+        sizes |= {"HEADS": kv_heads, "GROUP": heads // kv_heads, "DIM": dim}
+        tensors = q, cache, table, step.cu_seqlens_q, step.cu_seqlens_k
+        which = parts.row, parts.ends, step.chunk_size
+        numbers = scale * math.log2(math.e), table.stride(0)
+        kernel = attend_to_parts[(len(parts.row) * kv_heads,)]
+        kernel(*tensors, *which, out, logsumexp, *numbers, PAGE=step.page_size, **sizes)
+
+    attend_to(chunks, means, SIZE=16, KEYS=CHUNK, DECODING=True, num_stages=2)
+    merge = merge_chunks[(len(table), heads)]
+    rows = chunks.ends, step.cu_seqlens_q
+    merge(means, logsumexp, *rows, out, HEADS=heads, DIM=dim, num_warps=1)
+    if step.blocks:
+        attend_to(step.blocks, out, SIZE=BLOCK, KEYS=64, DECODING=False, num_stages=3)
+    return out
+
+
+def attend_without_triton(
+    q: Tensor, cache: Tensor, scale: float, step: ForwardContext
+) -> Tensor:
+    """The same by torch's kernel: 30% to 150% slower."""
+    # The library stores the keys of a block in one page and its values in the next. So
+    # the values are the same view, moved by a page.
+    pages = cache.unflatten(0, (-1, step.page_size))
+    lengths = step.cu_seqlens_q, step.cu_seqlens_k
+    most = 1 if step.shape.decoding else step.shape.num_tokens
+    longest = step.block_table.shape[1] * step.page_size
+    options = {"block_table": step.block_table, "seqused_k": step.cu_seqlens_k.diff()}
+    # The kernel groups the heads of a single token, but not if it is causal.
+    options["window_size"] = (-1, -1 if step.shape.decoding else 0)
+    options |= {"scale": scale, "enable_gqa": True}
+    return varlen_attn(q, pages[:-1], pages[1:], *lengths, most, longest, **options)
 
 
 def attend_to_one_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -1421,22 +1616,14 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     the device, where the library rounds the lengths up."""
 
     shape: StepShape  # on the device: set by FlashRunner from the host's lengths
-    min_kv_len = 0  # on the host: the warm-up pretends that so many tokens are cached
 
     def choose_shape(self) -> StepShape:
-        """Upper bounds for steps that are CUDA graphs, so that there are few shapes."""
-        num_tokens, max_seqlen_q = self.num_q_tokens, self.max_length_q
-        (max_seqlen_k,) = self.max_length_k.values()
-        if num_tokens > MAX_GRAPH_TOKENS:  # no graph: exactly this step's
-            (total_seqlen_k,) = self.total_seqlen_k.values()
-            cached = total_seqlen_k > self.total_seqlen_q
-            num_new_prompts = 0 if cached else self.num_request_in_batch
-            return StepShape(num_tokens, max_seqlen_q, max_seqlen_k, num_new_prompts)
-        whole_table = self.block_table.shape[-1] * PAGE_SIZE
-        if max_seqlen_q > 1:
-            return StepShape(num_tokens, num_tokens, whole_table, 0)
-        near = max(max_seqlen_k, self.min_kv_len) <= SPLIT_KV_ABOVE
-        return StepShape(num_tokens, 1, SPLIT_KV_ABOVE if near else whole_table, 0)
+        """For few shapes of the steps that are CUDA graphs."""
+        (total_seqlen_k,) = self.total_seqlen_k.values()
+        cached = total_seqlen_k > self.total_seqlen_q
+        graph = self.num_q_tokens <= MAX_GRAPH_TOKENS
+        num_new_prompts = 0 if cached or graph else self.num_request_in_batch
+        return StepShape(self.num_q_tokens, self.max_length_q == 1, num_new_prompts)
 
     def _get_graph_key(self) -> tuple[int, ...]:
         return self.shape
@@ -1451,6 +1638,8 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
 
 class FlashRunner(Runner):
     """Runs steps in a few fixed shapes, all of them prepared by `warmup`."""
+
+    compiles = True  # the layers, and the kernel
 
     @property
     def pair(self) -> batching.input_outputs.HostDeviceIOPair:
@@ -1467,7 +1656,8 @@ class FlashRunner(Runner):
     def _forward_process_and_sample(
         self, model: nn.Module, batch_data: dict[str, Any], *token_ids: Tensor
     ) -> None:
-        shape = self.pair.device_io.shape
+        config, shape = model.config, self.pair.device_io.shape
+        page_size = self.cb_config.page_size
         (block_table,) = batch_data["block_table"]
         (positions,) = batch_data["position_ids"].long()
         cu_seqlens_q = batch_data["cu_seq_lens_q"]
@@ -1476,20 +1666,13 @@ class FlashRunner(Runner):
         # that is slot 0, which the library gives to no request.
         index = torch.arange(len(positions), device=positions.device)
         row = torch.bucketize(index.to(cu_seqlens_q), cu_seqlens_q[1:], right=True)
-        block = pad(block_table, (0, 0, 0, 1), value=-1)[row, positions // PAGE_SIZE]
-        keys = (block * PAGE_SIZE + positions % PAGE_SIZE).clamp(min=0)
-        options = {"cu_seq_q": cu_seqlens_q, "cu_seq_k": cu_seqlens_k}
-        options |= {"max_q": shape.max_seqlen_q, "max_k": shape.max_seqlen_k}
-        options |= {"window_size": (-1, 0), "num_splits": 1}  # causal
-        if shape.max_seqlen_q == 1:
-            # The kernel groups the heads of a single token, but not if it is causal.
-            options["window_size"] = (-1, -1)
-            if shape.max_seqlen_k > SPLIT_KV_ABOVE:
-                options["num_splits"] = None  # the kernel's own choice
-        if not shape.num_new_prompts:
-            options |= {"seqused_k": cu_seqlens_k.diff(), "block_table": block_table}
-        slot_mapping = torch.cat((keys, keys + PAGE_SIZE))
-        forward_context.set(ForwardContext(shape, slot_mapping, options))
+        block = pad(block_table, (0, 0, 0, 1), value=-1)[row, positions // page_size]
+        keys = (block * page_size + positions % page_size).clamp(min=0)
+        slot_mapping = torch.cat((keys, keys + page_size))
+        tensors = slot_mapping, block_table, cu_seqlens_q, cu_seqlens_k
+        heads = config.num_attention_heads, config.num_key_value_heads
+        parts = cut_into_parts(shape, cu_seqlens_q, cu_seqlens_k, *heads)
+        forward_context.set(ForwardContext(shape, page_size, *tensors, *parts))
         # `attend` writes the cache: given to the layers, the library's own would write
         # it again, and break the compiled layer in two.
         batch_data = batch_data | {"cache": None}
@@ -1503,12 +1686,10 @@ class FlashRunner(Runner):
         for layer, view in zip(model.model.layers, views, strict=True):
             # Equal sizes and no graph break let all layers share one compiled layer.
             layer.self_attn.kv_cache = view[: len(views[-1])]
-            layer.compile(fullgraph=True, disable=not self.compile_layers)
-        steps = self.steps_to_prepare()
+            layer.compile(fullgraph=True, disable=not self.compiles)
         for half in (1, 2):
             logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
-            for num_tokens, past, min_kv_len in steps:
-                self.pair.host_io.min_kv_len = min_kv_len
+            for num_tokens, past in self.steps_to_prepare():
                 # The search makes a single row's matmuls 7% faster, in 14 seconds.
                 search = {"coordinate_descent_tuning": num_tokens == 1}
                 with torch._inductor.config.patch(search):
@@ -1518,19 +1699,16 @@ class FlashRunner(Runner):
             self.inputs_and_outputs.swap_io_pairs()
         self.cache.reset()
 
-    def steps_to_prepare(self) -> list[tuple[int, int | None, int]]:
-        """For `run_one_warmup`: tokens, cached tokens (None: that many rows decode) and
-        min_kv_len. The largest come first, since the compiled kernels are tuned for the
-        first shape that they see."""
+    def steps_to_prepare(self) -> list[tuple[int, int | None]]:
+        """For `run_one_warmup`: tokens, and cached tokens (None: that many rows decode).
+        The largest come first, since the compiled kernels are tuned for the first shape
+        that they see."""
         cache, max_rows = self.cache, self.cb_config.max_requests_per_batch
-        room = min(cache.num_blocks - 1, cache.max_blocks_per_request) * PAGE_SIZE
-        largest = min(cache.max_batch_tokens, room)
+        room = min(cache.num_blocks - 1, cache.max_blocks_per_request)
+        largest = min(cache.max_batch_tokens, room * self.cb_config.page_size)
         prompts = [largest, *range(min(MAX_GRAPH_TOKENS, largest), 0, -GRAPH_STEP)]
         decode = sorted({max_rows, *(2**n for n in range(max_rows.bit_length()))})[::-1]
-        steps = [(tokens, 0, 0) for tokens in prompts]
-        for min_kv_len in (SPLIT_KV_ABOVE + 1, 0):  # 0 is last, and stays
-            steps += [(rows, None, min_kv_len) for rows in decode]
-        return steps
+        return [(tokens, 0) for tokens in prompts] + [(rows, None) for rows in decode]
 
 
 FLASH = "torch_flash_2"  # the library decodes from pages for names like ".*flash.*2"
@@ -1543,15 +1721,16 @@ def install_patches(device: torch.device) -> str:
     # transformers sets this too late: it counts when NCCL starts.
     os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
     batching.continuous_api.ModelRunner = Runner
+    batching.continuous_api.PagedAttentionCache = Cache
     if device.type != "cuda":
         # Copies no key for all heads that share it: a sixth of the time for 16 rows of
         # 300 tokens. With a mask, a GPU has no fast kernel for that.
         os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
         torch.set_num_threads(model_download.cpus(torch.get_num_threads()))
         return "sdpa"
-    FlashRunner.compile_layers = model_download.can_compile()
-    if not FlashRunner.compile_layers:
-        logger.warning("no gcc, Python headers or Triton: about a fifth slower")
+    FlashRunner.compiles = model_download.can_compile()
+    if not FlashRunner.compiles:
+        logger.warning("no gcc, Python headers or Triton: about a third slower")
     # The library looks whether flash attention of this name is loaded, and whether it
     # has a function that reads pages; it calls the one that is registered.
     flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
@@ -1571,70 +1750,6 @@ TP_PLAN = {f"{MLP}gate_up_proj": "packed_colwise", f"{MLP}down_proj": "rowwise"}
 # ------------------------------------------------------------------------------
 # Entry points
 # ------------------------------------------------------------------------------
-
-
-# Of a head that is not complete; a complete one may have twice as many.
-MAX_HEAD_BYTES, MAX_CONNECTIONS = 8192, 2000
-CLIENT_SECONDS = 10  # for a head, and to stop sending after a response
-
-
-class BoundedConnection(h11.Connection):
-    """Refuses a body in many tiny chunks: each takes a step in Python."""
-
-    num_chunks = num_bytes = 0
-
-    def next_event(self) -> Any:
-        """Raises RemoteProtocolError."""
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self.num_chunks = self.num_bytes = 0
-        elif isinstance(event, h11.Data):
-            self.num_chunks += 1
-            self.num_bytes += len(event.data)
-            if self.num_chunks > 256 and self.num_bytes < 256 * self.num_chunks:
-                raise h11.RemoteProtocolError("chunks are too small")
-        return event
-
-
-class Protocol(H11Protocol):
-    """uvicorn's side of a connection, which no client can keep busy or open for long."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.conn = BoundedConnection(h11.SERVER, MAX_HEAD_BYTES)
-        close = self.timeout_keep_alive_handler
-        self.timeout_keep_alive_task = self.loop.call_later(CLIENT_SECONDS, close)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        super()._unset_keepalive_if_required()  # or the clock keeps all this alive
-
-    def _unset_keepalive_if_required(self) -> None:
-        """uvicorn stops the clock at any byte; here only a whole head of a request stops
-        it, and nothing that comes after a response."""
-        if self.conn.our_state in (h11.SEND_RESPONSE, h11.SEND_BODY):
-            super()._unset_keepalive_if_required()
-
-    def data_received(self, data: bytes) -> None:
-        """In pieces, for h11 looks at the size of incomplete heads only."""
-        for start in range(0, len(data), MAX_HEAD_BYTES):
-            if not self.transport.is_closing():
-                super().data_received(data[start : start + MAX_HEAD_BYTES])
-        if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
-            self.flow.pause_reading()  # of the rest of a refused body it takes little
-            self.loop.call_later(0.05, self.flow.resume_reading)
-
-    def handle_events(self) -> None:
-        """uvicorn stops reading when a second request follows one that is not answered,
-        and would not see the client leave. Here it may send 64 KiB of that."""
-        try:
-            super().handle_events()
-        except h11.LocalProtocolError:  # from a 400 after a response has begun
-            self.transport.abort()
-        if self.flow.read_paused and self.conn.their_state is not h11.SEND_BODY:
-            self.flow.resume_reading()
-            if len(self.conn.trailing_data[0]) > 65536:
-                self.transport.abort()
 
 
 class Server(uvicorn.Server):

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -696,7 +697,8 @@ class Settings(BaseSettings):
     temperature: float = Field(0, ge=0, le=2)
     """Temperature of requests that name none; 0 always takes the likeliest token."""
     max_in_flight: int = Field(0, ge=0, le=1024)
-    """Requests generated at the same time. 0: 128 on a GPU, 16 on a CPU."""
+    """Requests generated at the same time. 0: 16 on a CPU, on GPUs of 24 GB 64, of 48 GB
+    128, of 80 GB 256."""
     max_waiting: int = Field(-1, ge=-1)
     """Requests that may wait for a free place. -1: twice as many as in flight."""
     cache_tokens: int = Field(0, ge=0)
@@ -724,9 +726,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much to log. Prompts and answers are logged at debug only."""
 
-    def resolve(self, gpu: bool) -> None:
-        """Fill in the defaults that depend on the device."""
-        self.max_in_flight = self.max_in_flight or (128 if gpu else 16)
+    def resolve(self, gpu_gib: float) -> None:
+        """Fill in the defaults that depend on the device: `gpu_gib` is the memory of the
+        GPU, 0 for a CPU."""
+        gpu = gpu_gib > 0
+        places = 2 ** int(math.log2(3.3 * gpu_gib)) if gpu else 16
+        self.max_in_flight = self.max_in_flight or min(places, 512)
         self.batch_tokens = self.batch_tokens or (8192 if gpu else 256)
         # On a GPU it stays 0: what is left of its memory.
         self.cache_tokens = self.cache_tokens or (0 if gpu else 16384)

@@ -159,23 +159,27 @@ if __name__ == "__main__":
 # ends before this line, and needs no package but requests.
 # ------------------------------------------------------------------------------
 
+import asyncio
 import codecs
 import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
+import h11
 import pydantic
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class ClientError(HTTPException):
@@ -1187,3 +1191,108 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
                 usage = {"choices": [], "usage": answer.openai_usage()}
                 yield sse(to_json(fields | usage))
             yield sse(b"[DONE]")
+
+
+# ------------------------------------------------------------------------------
+# What a stranger may send: limits of a connection, of a head and of a body
+# ------------------------------------------------------------------------------
+
+
+# Of a head that is not complete; a complete one may have twice as many.
+MAX_HEAD_BYTES, MAX_CONNECTIONS = 8192, 2000
+CLIENT_SECONDS = 10  # for a head, and to stop sending after a response
+CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
+MAX_FIELDS = 10_000  # of a body; a context of 16384 tokens holds 4,000
+
+
+class BoundedRequest(Request):
+    """A request whose body comes within the limits of size and time."""
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Raises HTTPException: 408 or 413."""
+        settings = self.app.state.engine.settings
+        limit, size = settings.max_body_bytes, 0
+        try:
+            async with asyncio.timeout(settings.body_timeout):
+                async for piece in super().stream():
+                    size += len(piece)
+                    if size <= limit:
+                        yield piece
+                    elif size > 16 * limit:  # at once, a reset would overtake the 413
+                        break
+        except (TimeoutError, ClientDisconnect) as error:
+            raise HTTPException(408, "the body came too slowly", CLOSE) from error
+        if size > limit:  # Protocol reads the rest, if there is any, and drops it
+            raise HTTPException(413, f"the body has over {limit} bytes")
+
+    async def json(self) -> Any:
+        """Raises a 400 for another encoding, and for more fields than can be validated
+        in an instant; ValueError for what is not JSON."""
+        if len(re.findall(rb'"\s*:', await self.body())) > MAX_FIELDS:
+            raise HTTPException(400, f"the body has over {MAX_FIELDS} fields")
+        try:
+            return await super().json()
+        except UnicodeDecodeError as error:
+            why = f"send JSON in UTF-8, not compressed ({error})"
+            raise HTTPException(400, why) from error
+        except RecursionError as error:
+            raise HTTPException(400, "the JSON is nested too deeply") from error
+
+
+class BoundedConnection(h11.Connection):
+    """Refuses a body in many tiny chunks: each takes a step in Python."""
+
+    num_chunks = num_bytes = 0
+
+    def next_event(self) -> Any:
+        """Raises RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.num_chunks = self.num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.num_chunks += 1
+            self.num_bytes += len(event.data)
+            if self.num_chunks > 256 and self.num_bytes < 256 * self.num_chunks:
+                raise h11.RemoteProtocolError("chunks are too small")
+        return event
+
+
+class Protocol(H11Protocol):
+    """uvicorn's side of a connection, which no client can keep busy or open for long."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = BoundedConnection(h11.SERVER, MAX_HEAD_BYTES)
+        close = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(CLIENT_SECONDS, close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        super()._unset_keepalive_if_required()  # or the clock keeps all this alive
+
+    def _unset_keepalive_if_required(self) -> None:
+        """uvicorn stops the clock at any byte; here only a whole head of a request stops
+        it, and nothing that comes after a response."""
+        if self.conn.our_state in (h11.SEND_RESPONSE, h11.SEND_BODY):
+            super()._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        """In pieces, for h11 looks at the size of incomplete heads only."""
+        for start in range(0, len(data), MAX_HEAD_BYTES):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + MAX_HEAD_BYTES])
+        if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            self.flow.pause_reading()  # of the rest of a refused body it takes little
+            self.loop.call_later(0.05, self.flow.resume_reading)
+
+    def handle_events(self) -> None:
+        """uvicorn stops reading when a second request follows one that is not answered,
+        and would not see the client leave. Here it may send 64 KiB of that."""
+        try:
+            super().handle_events()
+        except h11.LocalProtocolError:  # from a 400 after a response has begun
+            self.transport.abort()
+        if self.flow.read_paused and self.conn.their_state is not h11.SEND_BODY:
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > 65536:
+                self.transport.abort()

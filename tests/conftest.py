@@ -11,6 +11,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Of torch, and of the servers that tests start: two processes run tests at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The GPU's kernel runs on a CPU, for tests of its own. Triton reads this at import.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import played_gpu as played
 import scripted

@@ -53,9 +53,11 @@ def served(played_gpu: pytest.MonkeyPatch) -> transformers.PreTrainedModel:
     return gpu_model(played_gpu)
 
 
+@pytest.mark.parametrize("triton", [True, False])
 def test_every_path_equals_generate(
-    played_gpu: pytest.MonkeyPatch, served: transformers.PreTrainedModel
+    played_gpu: pytest.MonkeyPatch, triton: bool
 ) -> None:
+    served = gpu_model(played_gpu, triton=triton)
     generator = torch.Generator().manual_seed(1)
     lengths = [
         5,
@@ -82,20 +84,16 @@ def test_every_path_equals_generate(
         torch.nn.Module, "compile", lambda _, **options: compiled.append(options)
     )
     mixed = answers(served, prompts, sampled=(1, 3))
-    assert compiled == [{"fullgraph": True, "disable": True}] * 3  # no compiler here
+    assert compiled == [{"fullgraph": True, "disable": not triton}] * 3
     expected = generated(plain_model(), prompts)
     for i, (answer, right) in enumerate(zip(mixed, expected, strict=True)):
         assert (answer == right) is (i not in (1, 3)), i
-    assert {
-        (True, True, 1),  # decoding near
-        (True, True, None),  # and far
-        (False, True, 1),  # prefill from pages
-        (False, False, 1),  # prefill of nothing cached
-    } == PATHS
+    kernel = "triton" if triton else "torch"
+    assert {(kernel, True), (kernel, False)} == PATHS
     single: list[Any] = []
-    kernel = api.sdpa
+    sdpa = api.sdpa
     played_gpu.setattr(
-        api, "sdpa", lambda *given, **more: single.append(1) or kernel(*given, **more)
+        api, "sdpa", lambda *given, **more: single.append(1) or sdpa(*given, **more)
     )
     assert answers(served, [prompts[6]]) == [mixed[6]]
     assert len(single) == 9  # in 3 layers: both halves of the warm-up, then the prompt
@@ -175,20 +173,20 @@ def test_a_failed_warm_up_is_an_error(
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("no kernel image is available")
 
-    played_gpu.setattr(api, "varlen_attn", broken)
+    played_gpu.setattr(api, "paged_attention", broken)
     with pytest.raises(RuntimeError, match=r"warm-up with \d+ tokens failed"):
         create_manager(served).warmup()
     assert "no kernel image is available" in caplog.text
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_layers_are_compiled_if_that_is_possible(
+def test_compiles_if_that_is_possible(
     played_gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, able: bool
 ) -> None:
     played_gpu.setattr(model_download, "can_compile", lambda: able)
-    played_gpu.setattr(api.FlashRunner, "compile_layers", None, raising=False)
+    played_gpu.setattr(api.FlashRunner, "compiles", None)
     assert api.install_patches(torch.device("cuda")) == api.FLASH
-    assert api.FlashRunner.compile_layers is able
+    assert api.FlashRunner.compiles is able
     assert len(caplog.records) == (not able)  # says what it costs
 
 

@@ -16,6 +16,7 @@ from net import DEADLINE, connect, packet, rest
 from server import LONG_PROMPT, narrow, wait_until
 
 import api
+import py_api
 
 TURNS = [{"role": "user", "content": "hello"}]
 
@@ -226,7 +227,7 @@ def test_readers_that_stall_hold_no_place_and_little_memory(
             served.gate.allow()
             served.wait_pending(0)
             assert served.works()
-            open_ones = [o for o in gc.get_objects() if type(o) is api.Protocol]
+            open_ones = [o for o in gc.get_objects() if type(o) is py_api.Protocol]
             buffered = [o.transport.get_write_buffer_size() for o in open_ones]
             full = [size for size in buffered if size]
             assert len(full) == 4  # they did stall

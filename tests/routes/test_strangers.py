@@ -21,6 +21,7 @@ from net import DEADLINE
 from server import narrow, running, wait_until
 
 import api
+import py_api
 
 CHUNKED = "Transfer-Encoding: chunked"
 WRONG_KEY = "Authorization: Bearer wrong"
@@ -77,7 +78,7 @@ def pour(connection: socket.socket, data: bytes, most: int) -> int:
 
 def events(size: int, count: int) -> list[object]:
     """What the parser makes of a body in so many chunks of this size."""
-    connection = api.BoundedConnection(h11.SERVER)
+    connection = py_api.BoundedConnection(h11.SERVER)
     connection.receive_data(head("/", CHUNKED))
     connection.receive_data((b"%x\r\n" % size + b"x" * size + b"\r\n") * count)
     found = []
@@ -96,7 +97,7 @@ def test_a_body_in_tiny_chunks_is_refused_and_in_others_it_is_not():
 
 
 def test_the_count_of_chunks_begins_again_with_each_request():
-    connection = api.BoundedConnection(h11.SERVER)
+    connection = py_api.BoundedConnection(h11.SERVER)
     for _ in range(3):
         connection.receive_data(head("/", CHUNKED) + b"1\r\nx\r\n" * 200 + b"0\r\n\r\n")
         while not isinstance(connection.next_event(), h11.EndOfMessage):
@@ -387,7 +388,7 @@ def test_what_is_ignored_of_a_body_is_not_kept(shared, monkeypatch, waits_for):
 def test_a_connection_that_was_closed_is_not_kept(shared):
     def kept() -> int:
         gc.collect()
-        return sum(isinstance(each, api.Protocol) for each in gc.get_objects())
+        return sum(isinstance(each, py_api.Protocol) for each in gc.get_objects())
 
     before = kept()
     for number in range(60):
@@ -396,7 +397,7 @@ def test_a_connection_that_was_closed_is_not_kept(shared):
             if number % 2:  # a reset
                 linger = struct.pack("ii", 1, 0)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    end = time.monotonic() + api.CLIENT_SECONDS / 2
+    end = time.monotonic() + py_api.CLIENT_SECONDS / 2
     while kept() > before:
         assert time.monotonic() < end
         time.sleep(0.1)

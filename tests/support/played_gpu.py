@@ -3,6 +3,7 @@
 sizes and with a reference in the place of the kernel."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,18 +24,66 @@ import api
 import model_download
 
 SMALL = {
-    "PAGE_SIZE": 16,
+    "FLASH_PAGE_SIZE": 32,
     "MAX_GRAPH_TOKENS": 64,
     "GRAPH_STEP": 16,
     "CUDNN_MIN_TOKENS": 80,
     "CUDNN_MULTIPLE": 32,
-    "SPLIT_KV_ABOVE": 40,
+    "DECODE_PROGRAMS": 8,
+    "CHUNK": 16,
+    "BLOCK": 16,
 }
-PATHS: set[tuple] = set()
+PATHS: set[tuple] = set()  # the kernel, and whether all rows decode
 SHAPES: set[tuple] = set()  # of the steps that would be CUDA graphs
+INSTALL = api.install_patches
 
 
-def reference(
+def attend_by_row(
+    query: Tensor,
+    pages: list[Tensor],
+    rows: Tensor,
+    ends: Tensor,
+    used: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention, row by row, to pages of keys and of values; NaN where nothing is
+    attended. `rows` is the block table, `ends` are the rows' in the query, (rows + 1,),
+    `used` are the tokens that a row has in the cache."""
+    out = torch.full_like(query, torch.nan)
+    for row, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
+        if start == end:
+            continue
+        length = int(used[row])
+        mine = rows[row, : -(-length // pages[0].shape[1])].long()
+        k, v = (x[mine].flatten(0, 1)[:length].transpose(0, 1)[None] for x in pages)
+        q = query[start:end].transpose(0, 1)[None]
+        mask = torch.ones(end - start, length, dtype=torch.bool)
+        mask = mask.tril(length - (end - start))
+        options = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        out[start:end] = attended[0].transpose(0, 1)
+    return out
+
+
+def paged_reference(
+    q: Tensor, cache: Tensor, scale: float, step: api.ForwardContext
+) -> Tensor:
+    """`api.paged_attention`, which takes minutes in Triton's interpreter."""
+    decoding = step.shape.decoding
+    PATHS.add(("triton", decoding))
+    pages = cache.unflatten(0, (-1, step.page_size))
+    new, used = step.cu_seqlens_q.diff(), step.cu_seqlens_k.diff()
+    # Each row has as many parts as it takes: of its keys if it decodes, or of its tokens.
+    size = int(step.chunk_size)
+    wanted = [-(-k // size) if n == 1 else 0 for n, k in zip(new, used, strict=True)]
+    assert step.chunks.ends.diff(prepend=torch.tensor([0])).tolist() == wanted
+    assert (step.blocks is None) == decoding == (int(new.max()) == 1)
+    return attend_by_row(
+        q, [pages[:-1], pages[1:]], step.block_table, step.cu_seqlens_q, used, scale
+    )
+
+
+def varlen_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -46,37 +95,19 @@ def reference(
     scale: float,
     window_size: tuple[int, int],
     enable_gqa: bool,
-    num_splits: int | None,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
+    seqused_k: Tensor,
+    block_table: Tensor,
 ) -> Tensor:
-    """`varlen_attn`, row by row; NaN where nothing is attended. Refuses what the kernel
-    would get wrong."""
-    PATHS.add((max_q == 1, block_table is not None, num_splits))
+    """`varlen_attn`. Refuses what the kernel would get wrong."""
+    decoding = max_q == 1
+    PATHS.add(("torch", decoding))
+    assert key.shape[1] == api.FLASH_PAGE_SIZE
+    assert window_size == (-1, -1 if decoding else 0)
     # A step in which all rows decode is known for one: the kernel has a faster way.
-    assert (max_q == 1) == (int(cu_seq_q.diff().max()) == 1)
-    out = torch.full_like(query, torch.nan)
-    for row in range(len(cu_seq_q) - 1):
-        start, end = cu_seq_q[row : row + 2].tolist()
-        if start == end:
-            continue
-        assert end - start <= max_q
-        if block_table is None:
-            first, last = cu_seq_k[row : row + 2].tolist()
-            k, v = key[first:last], value[first:last]
-        else:
-            used = int(seqused_k[row])
-            pages = block_table[row, : -(-used // api.PAGE_SIZE)].long()
-            k, v = (x[pages].flatten(0, 1)[:used] for x in (key, value))
-        assert len(k) <= max_k  # the kernel would drop what lies beyond
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[start:end], k, v))
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-        mask = mask.tril(k.shape[2] - q.shape[2])
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-        )
-        out[start:end] = attended[0].transpose(0, 1)
-    return out
+    assert decoding == (int(cu_seq_q.diff().max()) == 1)
+    # The kernel would drop what lies beyond.
+    assert max_q >= cu_seq_q.diff().max() and max_k >= seqused_k.max()
+    return attend_by_row(query, [key, value], block_table, cu_seq_q, seqused_k, scale)
 
 
 class CpuRunner(api.FlashRunner):
@@ -104,7 +135,6 @@ def playing() -> Iterator[pytest.MonkeyPatch]:
     ):
         for name, value in SMALL.items():
             patch.setattr(api, name, value)
-        patch.setattr(model_download, "can_compile", lambda: False)
         patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         nothing = lambda *_, **__: None
@@ -113,8 +143,9 @@ def playing() -> Iterator[pytest.MonkeyPatch]:
             (api.flash, "_loaded_implementation"),
             (api.flash, "_flash_with_kvcache_fn"),
             (continuous_api, "ModelRunner"),
+            (continuous_api, "PagedAttentionCache"),
             (input_outputs, "ContinuousBatchingIOs"),
-            (api, "varlen_attn"),
+            (api.FlashRunner, "compiles"),
         ):
             patch.setattr(module, name, getattr(module, name))
         yield patch
@@ -139,14 +170,25 @@ def plain_model(layers: int = 3, context: int = 320) -> transformers.PreTrainedM
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def gpu_model(
-    patch: pytest.MonkeyPatch, compile_layers: bool = False, layers: int = 3
-) -> transformers.PreTrainedModel:
-    """That model with the GPU's attention."""
-    patch.setattr(model_download, "can_compile", lambda: compile_layers)
-    attention = api.install_patches(torch.device("cuda"))
-    patch.setattr(api, "varlen_attn", reference)
+def install(
+    patch: pytest.MonkeyPatch, triton: bool = True, compile_layers: bool = False
+) -> str:
+    """What api.install_patches does, with references in the place of kernels."""
+    patch.setattr(model_download, "can_compile", lambda: triton)
+    attention = INSTALL(torch.device("cuda"))
+    patch.setattr(api, "paged_attention", paged_reference)
+    patch.setattr(api, "varlen_attn", varlen_reference)
     patch.setattr(continuous_api, "ModelRunner", CpuRunner)
+    if not compile_layers:
+        patch.setattr(torch.nn.Module, "compile", lambda _, **options: None)
+    return attention
+
+
+def gpu_model(
+    patch: pytest.MonkeyPatch, layers: int = 3, **options: bool
+) -> transformers.PreTrainedModel:
+    """That model with the GPU's attention; options are those of `install`."""
+    attention = install(patch, **options)
     model = plain_model(layers)
     model.set_attn_implementation(attention)
     return model
@@ -156,15 +198,7 @@ def gpu_model(
 def serving(**options: Any) -> Iterator[Running]:
     """A server whose engine takes the CPU for a GPU. Options are those of Settings."""
     with playing() as patch:
-        install = api.install_patches
-
-        def install_for_gpu(_: torch.device) -> str:
-            attention = install(torch.device("cuda"))
-            patch.setattr(api, "varlen_attn", reference)
-            patch.setattr(continuous_api, "ModelRunner", CpuRunner)
-            return attention
-
-        patch.setattr(api, "install_patches", install_for_gpu)
+        patch.setattr(api, "install_patches", lambda _: install(patch))
         with running(**options) as served:
             yield served
 

@@ -23,6 +23,7 @@ import uvicorn
 from net import DEADLINE, free_port
 
 import api
+import py_api
 
 ROOT = Path(__file__).resolve().parents[2]
 # 240 tokens of the tiny model.
@@ -283,10 +284,10 @@ def serving(wait: bool, options: dict[str, Any]) -> Iterator[Running]:
     ended: list[int] = []
     engine.exit = ended.append  # the real one would end the tests
     port = free_port()
-    as_main = {"http": api.Protocol, "ws": "none", "log_config": None}
+    as_main = {"http": py_api.Protocol, "ws": "none", "log_config": None}
     as_main |= {
         "root_path": settings.root_path,
-        "timeout_keep_alive": api.CLIENT_SECONDS,
+        "timeout_keep_alive": py_api.CLIENT_SECONDS,
     }
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, **as_main))
     loops: list[asyncio.AbstractEventLoop] = []
