@@ -1456,18 +1456,18 @@ def attend(q: Tensor, kv: Tensor, cache: Tensor, scale: float) -> Tensor:
 
 @triton.jit
 def attend_to_parts(
-    query: Tensor,
-    cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    rows: Tensor,
-    ends: Tensor,
-    chunk_size: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-    table_width: int,
+    query: "Tensor",
+    cache: "Tensor",
+    block_table: "Tensor",
+    cu_seqlens_q: "Tensor",
+    cu_seqlens_k: "Tensor",
+    rows: "Tensor",
+    ends: "Tensor",
+    chunk_size: "Tensor",
+    out: "Tensor",
+    logsumexp: "Tensor",
+    scale: "float",
+    table_width: "int",
     HEADS: tl.constexpr,  # of keys
     GROUP: tl.constexpr,  # heads of queries for each
     DIM: tl.constexpr,
@@ -1526,11 +1526,11 @@ def attend_to_parts(
 
 @triton.jit
 def merge_chunks(
-    parts: Tensor,
-    logsumexp: Tensor,
-    ends: Tensor,
-    cu_seqlens_q: Tensor,
-    out: Tensor,
+    parts: "Tensor",
+    logsumexp: "Tensor",
+    ends: "Tensor",
+    cu_seqlens_q: "Tensor",
+    out: "Tensor",
     HEADS: tl.constexpr,  # of queries
     DIM: tl.constexpr,
 ) -> None:
