@@ -161,16 +161,18 @@ if __name__ == "__main__":
 
 import asyncio
 import codecs
+import ipaddress
 import math
 import re
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import h11
 import pydantic
@@ -180,6 +182,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from model_download import words
 
 
 class ClientError(HTTPException):
@@ -1203,6 +1207,29 @@ MAX_HEAD_BYTES, MAX_CONNECTIONS = 8192, 2000
 CLIENT_SECONDS = 10  # for a head, and to stop sending after a response
 CLOSE = {"Connection": "close"}  # the rest of the body is not wanted
 MAX_FIELDS = 10_000  # of a body; a context of 16384 tokens holds 4,000
+
+
+def check_head(request: Request) -> None:
+    """Raises a 400 if a proxy could see another end of the body than this server; and,
+    where there is no key, a 403 if Host is a name that is not this machine's: a web page
+    whose name was made to lead here (DNS rebinding) would be answered."""
+    if {"content-length", "transfer-encoding"} <= {*request.headers}:
+        raise HTTPException(400, "Content-Length beside Transfer-Encoding", CLOSE)
+    path, prefix = request["path"], request["root_path"]
+    if path == prefix:
+        request.scope["path"] += "/"  # /phi4 is /phi4/
+    if request.method == "GET" and path.removeprefix(prefix) in ("", "/"):
+        return  # the chat page has no secret, and says what to do about a 403
+    settings = request.app.state.engine.settings
+    names = f"localhost {socket.gethostname()} {settings.host} {settings.allowed_hosts}"
+    host = request.headers.get("host") or "localhost"  # HTTP/1.0 needs none
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        if not settings.api_key and not {name, "*"} & {*words(names.lower())}:
+            ipaddress.ip_address(name)
+    except ValueError as error:
+        why = f"this is not the server {host!r}: see --allowed-hosts"
+        raise HTTPException(403, why, CLOSE) from error
 
 
 class BoundedRequest(Request):
