@@ -203,10 +203,13 @@ def serving(**options: Any) -> Iterator[Running]:
             yield served
 
 
-def create_manager(model: transformers.PreTrainedModel, blocks: int = 200) -> Any:
-    """A manager with so many blocks of 16 tokens, for 8 requests at once."""
-    settings = api.Settings(max_in_flight=8, batch_tokens=128, cache_tokens=16 * blocks)
-    return api.create_manager(model, [-1], settings)
+def create_manager(
+    model: transformers.PreTrainedModel, blocks: int = 200, **options: Any
+) -> Any:
+    """A manager with so many blocks of 16 tokens, for 8 requests at once. Options are
+    those of Settings."""
+    options |= {"max_in_flight": 8, "batch_tokens": 128, "cache_tokens": 16 * blocks}
+    return api.create_manager(model, [-1], api.Settings(**options))
 
 
 def generated(

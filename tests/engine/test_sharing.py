@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""Requests that begin alike compute that once, also those that arrive together."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import played_gpu as played
+import pytest
+import torch
+from played_gpu import create_manager, generated, plain_model, results
+from server import wait_until
+
+import api
+import model_download
+
+PAGE = 16
+Make = Callable[..., Any]
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def make(
+    request: pytest.FixtureRequest, played_gpu: pytest.MonkeyPatch
+) -> Iterator[Make]:
+    """Makes managers, whose threads end with the test."""
+    managers = []
+    if request.param == "gpu":
+        model = played.gpu_model(played_gpu)
+    else:
+        threads = torch.get_num_threads()
+        played_gpu.setattr(model_download, "cpus", lambda most: threads)
+        model = plain_model()
+        model.set_attn_implementation(played.INSTALL(torch.device("cpu")))
+
+    def make_one(**options: Any) -> Any:
+        manager = create_manager(model, **options)
+        manager.warmup()
+        managers.append(manager)
+        return manager
+
+    yield make_one
+    for manager in managers:
+        manager.stop(block=True, timeout=30)
+
+
+def ask(
+    manager: Any, prompts: list[list[int]], name: str = ""
+) -> Callable[[], list[int]]:
+    """Add them. Returns what tells the tokens of each that came from the cache."""
+    samplings = []
+    for i, prompt in enumerate(prompts):
+        sampling = api.Sampling(api.ChatRequest(prompt="x"), 0, None)
+        samplings.append(sampling)
+        options = {"max_new_tokens": 24, "sampling": sampling}
+        manager.add_request(prompt, f"{name}{i}", **options)
+    return lambda: [sampling.cached_tokens for sampling in samplings]
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 200) for _ in range(count)]
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49])
+def test_the_same_prompt_at_the_same_time(make: Make, length: int) -> None:
+    """All but its last token and what shares a page with that."""
+    manager, prompt = make(), tokens(length, 1)
+    cached = ask(manager, [prompt] * 5)
+    manager.start()
+    found = results(manager, set("01234"))
+    (expected,) = generated(plain_model(), [prompt])
+    assert all(answer == expected for answer in found.values())
+    assert cached() == [0] + [(length - 1) // PAGE * PAGE] * 4
+
+
+@pytest.mark.parametrize("begun", [40, 190])
+def test_people_with_one_system_prompt(make: Make, begun: int) -> None:
+    """Who arrive together: also where it takes several steps, of 128 tokens."""
+    system = tokens(begun, 2)
+    prompts = [system + tokens(n, 3 + n) for n in (1, 5, 30, 77, 8, 9, 10)]
+    manager = make()
+    schedule, computed = manager.batch_processor.scheduler.schedule_batch, []
+
+    def counting(*budgets: int) -> tuple:
+        found = schedule(*budgets)
+        computed.append(found[2])
+        return found
+
+    manager.batch_processor.scheduler.schedule_batch = counting
+    cached = ask(manager, prompts)
+    manager.start()
+    found = results(manager, set("0123456"))
+    expected = generated(plain_model(), prompts)
+    assert [found[str(i)] for i in range(7)] == expected
+    assert cached() == [0] + [begun // PAGE * PAGE] * 6
+    decoded = sum(map(len, expected)) - len(prompts)
+    spare = len(prompts)  # a step that a request's end overtakes
+    prefilled = sum(map(len, prompts)) - sum(cached())
+    assert decoded <= sum(computed) - prefilled <= decoded + spare
+    # A conversation goes on: only the last page of what was said is computed again.
+    again = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
+    cached = ask(manager, [[*turn, 7] for turn in again], "again")
+    found = results(manager, {f"again{i}" for i in range(7)})
+    assert list(map(found.get, (f"again{i}" for i in range(7)))) == generated(
+        plain_model(), [[*turn, 7] for turn in again]
+    )
+    for kept, turn in zip(cached(), again, strict=True):
+        assert kept >= (len(turn) - 2) // PAGE * PAGE - PAGE
+
+
+def test_whoever_shares_goes_on_when_the_first_leaves(
+    make: Make, played_gpu: pytest.MonkeyPatch
+) -> None:
+    """Cancelled at once, while its prompt is computed, or in the step after."""
+    system = tokens(90, 4)
+    for late in range(4):
+        manager = make()
+        prompts = [system + tokens(n + late, n) for n in (70, 3, 20, 50)]
+        step, steps = manager._generation_step, []
+
+        def leave(
+            step: Callable = step,
+            steps: list = steps,
+            manager: Any = manager,
+            late: int = late,
+        ) -> None:
+            if len(steps) == late:
+                manager.cancel_request("0")
+            steps.append(1)
+            step()
+
+        manager._generation_step = leave
+        ask(manager, prompts)
+        manager.start()
+        found = results(manager, set("123"))
+        expected = generated(plain_model(), prompts)
+        assert [found[str(i)] for i in (1, 2, 3)] == expected[1:]
+
+
+def test_a_small_cache_and_beginnings_in_common(
+    make: Make, played_gpu: pytest.MonkeyPatch
+) -> None:
+    """Preempted, cancelled, evicted, begun again: the answers are right."""
+    rng = random.Random(5)
+    systems = [tokens(n, n) for n in (0, 33, 64, 100)]
+    prompts = [
+        rng.choice(systems) + tokens(rng.randint(1, 60), 100 + i) for i in range(40)
+    ]
+    played_gpu.setattr(api, "EVICTED_PAGES", 2)
+    manager, preempted = make(blocks=24), []
+    begin_again = api.batching.RequestState.create_equivalent_initial_request
+    played_gpu.setattr(
+        api.batching.RequestState,
+        "create_equivalent_initial_request",
+        lambda state: preempted.append(state.request_id) or begin_again(state),
+    )
+    cached = ask(manager, prompts)
+    manager.start()
+    gone = {str(i) for i in range(0, 40, 9)}
+    for name in gone:
+        manager.cancel_request(name)
+    found = results(manager, {str(i) for i in range(40)} - gone)
+    expected = generated(plain_model(), prompts)
+    assert all(found[name] == expected[int(name)] for name in found)
+    assert preempted and any(cached())
+
+
+def test_switched_off_nothing_is_shared(make: Make) -> None:
+    manager, prompt = make(prefix_sharing=False), tokens(50, 6)
+    cached = ask(manager, [prompt] * 4)
+    manager.start()
+    found = results(manager, set("0123"))
+    assert list(found.values()) == generated(plain_model(), [prompt]) * 4
+    assert cached() == [0] * 4
+
+
+def test_pages_of_a_step_that_failed_are_not_shared(make: Make) -> None:
+    """They were never computed: after the restart nobody finds them."""
+    manager, prompt = make(), tokens(60, 7)
+    compute = manager.batch_processor.model_runner.compute_batch
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    manager.batch_processor.model_runner.compute_batch = fail
+    ask(manager, [prompt], "lost")
+    api.start_thread(manager, lambda outputs: None)
+    manager.join(time.perf_counter(), timeout=30)
+    assert "illegal" in api.why_down(manager)
+    manager.batch_processor.model_runner.compute_batch = compute
+    done: dict[str, list[int]] = {}
+    api.start_thread(
+        manager,
+        lambda outputs: done.update(
+            {each.request_id: each.generated_tokens for each in outputs}
+        ),
+    )
+    cached = ask(manager, [prompt])
+    wait_until(lambda: len(done.get("0", ())) == 24)
+    assert done["0"] == generated(plain_model(), [prompt])[0]
+    assert cached() == [0]
+
+
+def test_the_oldest_pages_are_evicted_first(
+    make: Make, played_gpu: pytest.MonkeyPatch
+) -> None:
+    played_gpu.setattr(api, "EVICTED_PAGES", 4)
+    manager = make(blocks=64)
+    manager.start()
+    kept = []
+    for i in range(20):  # each leaves 4 pages or 5
+        cached = ask(manager, [tokens(60, 1000 + i)], f"{i}-")
+        results(manager, {f"{i}-0"})
+        kept += cached()
+    assert kept == [0] * 20
+    for i, again in ((19, 48), (18, 48), (0, 0)):
+        cached = ask(manager, [tokens(60, 1000 + i)], f"again{i}-")
+        results(manager, {f"again{i}-0"})
+        assert cached() == [again]
