@@ -1477,7 +1477,7 @@ def attend_to_parts(
             token = start + nth * (SIZE // GROUP) + index // GROUP
             begin = 0
             end = tl.minimum(length - end_q + tl.max(token) + 1, length)
-        is_ours = (index < SIZE // GROUP * GROUP) & (token < end_q)
+        is_ours = token < end_q
         position = length - end_q + token
         place = (token * HEADS + head) * GROUP + index % GROUP
         q = tl.load(query + place[:, None] * DIM + d, mask=is_ours[:, None], other=0.0)
