@@ -246,6 +246,19 @@ def test_prefix_sharing(tiny_folder: Path, shared: bool) -> None:
     assert spared > 150 if shared else spared == 0
 
 
+@pytest.mark.parametrize(
+    ("gib", "places"),
+    [(0, 16), (15, 32), (24, 64), (47.5, 128), (79.2, 256), (141, 256)],
+)
+def test_places_follow_from_the_memory_of_the_gpu(gib: float, places: int) -> None:
+    settings = api.Settings()
+    settings.resolve(gib)
+    assert (settings.max_in_flight, settings.max_waiting) == (places, 2 * places)
+    own = api.Settings(max_in_flight=7)
+    own.resolve(gib)
+    assert own.max_in_flight == 7
+
+
 def test_what_a_cpu_takes_at_once_by_default(server: Running) -> None:
     """16 requests, and 256 tokens in one forward pass."""
     with server.gate as gate:

@@ -5,6 +5,7 @@ import asyncio
 import json
 import random
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -284,6 +285,18 @@ async def read_slowly(body: Any, pieces: list[str]) -> str:
                 found += choice["delta"].get("content") or ""
         grow()
     return found
+
+
+def test_where_many_stream_tokens_share_events(counting, say, monkeypatch):
+    """Not the first one, for which people wait; and the end brings all that is left."""
+    pieces = [b"one ", b"two ", *[b"more "] * 20]
+    say(*pieces)
+    monkeypatch.setattr(api, "MAX_EVENTS_PER_SECOND", 0.001)
+    begun = time.monotonic()
+    deltas, last = net.told(counting.stream(max_new_tokens=22))
+    assert time.monotonic() - begun < api.PING_SECONDS
+    assert "".join(deltas) == last["response"] == b"".join(pieces).decode()
+    assert deltas[0] == "one " and len(deltas) == 2
 
 
 def test_a_client_that_reads_late_gets_everything(counting, say):
