@@ -13,6 +13,7 @@ from net import DEADLINE
 from server import Running, running, wait_until
 from transformers.integrations import sdpa_attention
 
+import api
 import model_download
 
 PROMPTS = [
