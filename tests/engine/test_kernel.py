@@ -29,18 +29,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def step_of(
     rows: list[tuple[int, int]], heads: int, kv_heads: int, padding: int = 0
-) -> tuple[Tensor, Tensor, api.ForwardContext]:
-    """Random queries, a random cache whose pages belong to the rows in no order, and the
+) -> tuple[Tensor, list[Tensor], api.ForwardContext]:
+    """Random queries, keys and values whose pages belong to the rows in no order, and the
     step. `padding` rows and tokens come behind."""
     generator = torch.Generator().manual_seed(len(rows) + heads)
     new = torch.tensor([new for new, _ in rows] + [0] * padding)
     used = torch.tensor([sum(row) for row in rows] + [0] * padding)
     pages = -(-used // 16)
-    order = torch.randperm(int(pages.sum()), generator=generator) * 2 + 2
+    order = torch.randperm(int(pages.sum()), generator=generator) + 1
     table = torch.full((len(used), int(pages.max()) + 1), -1, dtype=torch.int32)
     for row, mine in enumerate(order.split(pages.tolist())):
         table[row, : len(mine)] = mine
-    cache = torch.randn((2 * len(order) + 2) * 16, kv_heads, 32, generator=generator)
+    shape = (len(order) + 1) * 16, kv_heads, 32
+    cache = [torch.randn(shape, generator=generator) for _ in range(2)]
     tokens = int(new.sum()) + padding
     q = torch.randn(tokens, heads, 32, generator=generator)
     ends = [torch.nn.functional.pad(x.cumsum(0), (1, 0)).int() for x in (new, used)]
@@ -56,26 +57,25 @@ def test_each_token_attends_to_what_is_before_it(
     rows: list[tuple[int, int]], heads: tuple[int, int]
 ) -> None:
     q, cache, step = step_of(rows, *heads, padding=3)
-    pages = cache.unflatten(0, (-1, 16))
+    pages = [x.unflatten(0, (-1, 16)) for x in cache]
     used = step.cu_seqlens_k.diff()
-    expected = attend_by_row(
-        q, [pages[:-1], pages[1:]], step.block_table, step.cu_seqlens_q, used, SCALE
-    )
-    found = api.paged_attention(q, cache, SCALE, step)[: len(q) - 3]
+    expected = attend_by_row(q, pages, step.block_table, step.cu_seqlens_q, used, SCALE)
+    found = api.paged_attention(q, *cache, SCALE, step)[: len(q) - 3]
     assert torch.allclose(found, expected[: len(q) - 3], atol=2e-6)
 
 
 def test_pages_of_others_have_no_influence() -> None:
     """Nor has what a page holds behind the end of its row, were it not a number."""
     q, cache, step = step_of(MIXED, 4, 2)
-    before = api.paged_attention(q, cache, SCALE, step)
-    used = torch.zeros(len(cache), dtype=torch.bool)
+    before = api.paged_attention(q, *cache, SCALE, step)
+    used = torch.zeros(len(cache[0]), dtype=torch.bool)
     for row, length in enumerate(step.cu_seqlens_k.diff().tolist()):
         for at in range(length):
             slot = int(step.block_table[row, at // 16]) * 16 + at % 16
-            used[slot] = used[slot + 16] = True
-    cache[~used] = torch.nan
-    assert torch.equal(api.paged_attention(q, cache, SCALE, step), before)
+            used[slot] = True
+    for each in cache:
+        each[~used] = torch.nan
+    assert torch.equal(api.paged_attention(q, *cache, SCALE, step), before)
 
 
 @pytest.mark.parametrize("programs", [1, 12, 4096])
@@ -105,7 +105,8 @@ import api
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-floats = {"query": "*bf16", "cache": "*bf16", "logsumexp": "*fp32", "parts": "*fp32"}
+floats = dict.fromkeys(("query", "keys", "values"), "*bf16")
+floats |= dict.fromkeys(("logsumexp", "parts"), "*fp32")
 numbers = {"scale": "fp32", "table_width": "i32"}
 
 

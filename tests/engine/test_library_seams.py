@@ -41,6 +41,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import api
+import py_api
 
 PREPARED = (
     "self requests_in_batch logits_processors use_decode_fast_path num_q_tokens"
@@ -48,7 +49,7 @@ PREPARED = (
 )
 KERNEL = (
     "query key value cu_seq_q cu_seq_k max_q max_k scale window_size enable_gqa"
-    " seqused_k block_table num_splits"
+    " seqused_k block_table"
 )
 CONFIG = (
     "page_size num_blocks max_batch_tokens max_requests_per_batch max_blocks_per_request"
@@ -93,6 +94,13 @@ SIGNATURES: list[tuple[Callable, str]] = [
     (ContinuousBatchingManager.join, "self stop_trigger_time timeout"),
     (PagedAttentionCache.compute_free_capacity, "self relative"),
     (PagedAttentionCache.reset, "self"),
+    (PagedAttentionCache.count_new_complete_blocks, "self state request_len"),
+    (PagedAttentionCache.mark_complete_blocks, "self state complete_blocks"),
+    (PagedAttentionCache.evict_cached_blocks, "self"),
+    (
+        PagedAttentionCache.fill_block_table,
+        "self request_id past_length query_length block_table",
+    ),
     (utils.stream_context, "stream"),
     (
         flash.lazy_import_flash_attention,
@@ -127,6 +135,7 @@ TAKES: list[tuple[Callable, str]] = [
 # Replaced, or read, where the library itself looks them up.
 GLOBALS: list[tuple[Any, str]] = [
     (continuous_api, "ModelRunner"),
+    (continuous_api, "PagedAttentionCache"),
     (input_outputs, "ContinuousBatchingIOs"),
     (scheduler, "SCHEDULER_MAPPING"),
     (flash, "_loaded_implementation"),
@@ -215,17 +224,18 @@ def test_uvicorn_raises_again_what_stands_in_captured_signals() -> None:
 
 
 def test_every_private_name_in_use_is_known_here() -> None:
-    """A private name that api.py begins to use belongs into the lists above."""
-    tree = ast.parse(Path(api.__file__).read_text())
+    """A private name that the server begins to use belongs into the lists above."""
+    files = [Path(module.__file__).read_text() for module in (api, py_api)]
     names = {
         node.attr
+        for tree in map(ast.parse, files)
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
     } - {"_exit"}  # of os
     known = Path(__file__).read_text()
-    assert names, "api.py uses no private name any more?"
+    assert names, "it uses no private name any more?"
     assert not [name for name in names if name not in known]
 
 
@@ -245,8 +255,11 @@ def test_attributes_of_a_manager(played_gpu: pytest.MonkeyPatch) -> None:
             assert type(pair.host_io) is type(pair.device_io) is api.FlashIOs
         (allocator,) = manager.batch_processor.cache.cache_allocators.values()
         assert allocator.bytes_per_block and not allocator.ledger.cached_blocks
-        layers = manager.model.model.layers
-        assert len(allocator._kv_token_views) == len(layers)
+        assert allocator.tokens_per_page == 16 and allocator.block_table == {}
+        # Blocks of all layers, their tokens, keys and values, heads, dim.
+        layers, blocks = len(manager.model.model.layers), allocator.num_blocks
+        assert allocator.cache_tensor.shape == (layers * (blocks + 2) * 16, 2, 2, 16)
+        assert manager.batch_processor.cache.num_sectors == blocks
 
 
 def test_the_library_takes_our_kernel_for_flash_attention(

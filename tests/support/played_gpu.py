@@ -66,21 +66,19 @@ def attend_by_row(
 
 
 def paged_reference(
-    q: Tensor, cache: Tensor, scale: float, step: api.ForwardContext
+    q: Tensor, k: Tensor, v: Tensor, scale: float, step: api.ForwardContext
 ) -> Tensor:
     """`api.paged_attention`, which takes minutes in Triton's interpreter."""
     decoding = step.shape.decoding
     PATHS.add(("triton", decoding))
-    pages = cache.unflatten(0, (-1, step.page_size))
+    pages = [x.unflatten(0, (-1, step.page_size)) for x in (k, v)]
     new, used = step.cu_seqlens_q.diff(), step.cu_seqlens_k.diff()
     # Each row has as many parts as it takes: of its keys if it decodes, or of its tokens.
     size = int(step.chunk_size)
     wanted = [-(-k // size) if n == 1 else 0 for n, k in zip(new, used, strict=True)]
     assert step.chunks.ends.diff(prepend=torch.tensor([0])).tolist() == wanted
     assert (step.blocks is None) == decoding == (int(new.max()) == 1)
-    return attend_by_row(
-        q, [pages[:-1], pages[1:]], step.block_table, step.cu_seqlens_q, used, scale
-    )
+    return attend_by_row(q, pages, step.block_table, step.cu_seqlens_q, used, scale)
 
 
 def varlen_reference(
