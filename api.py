@@ -1458,9 +1458,11 @@ def attend_to_parts(
     KEYS: tl.constexpr,  # looked at together
     DECODING: tl.constexpr,
 ) -> None:
-    """FlashAttention for the new tokens of a part, (Dao, 2023), with the heads that share
-    a key head side by side. A part of a row that decodes looks at its chunk of the keys;
-    merge_chunks joins them. Another has some of the new tokens and looks at all keys."""
+    """FlashAttention (Dao, 2023) of one part and one key head; the query heads that share
+    it are rows of the same matrix. A part of a row that decodes looks at one chunk of the
+    keys, and merge_chunks joins them; a part of another row has some of its new tokens,
+    and looks at all keys up to these. The annotations are quoted: Triton would look up
+    what they name."""
     part, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row = tl.load(rows + part)
     if row >= 0:
@@ -1663,8 +1665,8 @@ class FlashRunner(Runner):
     def warmup(self, model: nn.Module) -> None:
         """Compile the layers and capture every graph, for both sets of buffers.
         Raises RuntimeError if a step fails."""
-        # The library would keep the layers of a block together. Here the keys of a layer
-        # are, then its values: what a step reads of a layer is in few pages of memory.
+        # The library would put the layers of a block side by side. Here all keys of a
+        # layer are, and then its values: what it reads lies close together.
         (allocator,) = self.cache.cache_allocators.values()
         layers, shape = model.model.layers, allocator.cache_tensor.shape
         self.kv_cache = allocator.cache_tensor.view(len(layers), -1, *shape[-2:])
@@ -1714,7 +1716,7 @@ def install_patches(device: torch.device) -> str:
         return "sdpa"
     FlashRunner.compiles = model_download.can_compile()
     if not FlashRunner.compiles:
-        logger.warning("no gcc, Python headers or Triton: about a third slower")
+        logger.warning("no gcc, Python headers or Triton: a fifth slower or more")
     # The library looks whether flash attention of this name is loaded, and whether it
     # has a function that reads pages; it calls the one that is registered.
     flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
