@@ -697,8 +697,7 @@ class Settings(BaseSettings):
     temperature: float = Field(0, ge=0, le=2)
     """Temperature of requests that name none; 0 always takes the likeliest token."""
     max_in_flight: int = Field(0, ge=0, le=1024)
-    """Requests generated at the same time. 0: 16 on a CPU, on GPUs of 24 GB 64, of 48 GB
-    128, of 80 GB 256."""
+    """Requests generated at the same time. 0: 16 on a CPU, 256 on a GPU of 80 GB."""
     max_waiting: int = Field(-1, ge=-1)
     """Requests that may wait for a free place. -1: twice as many as in flight."""
     cache_tokens: int = Field(0, ge=0)
@@ -728,7 +727,7 @@ class Settings(BaseSettings):
 
     def resolve(self, gpu_gib: float) -> None:
         """Fill in the defaults that depend on the device: `gpu_gib` is the memory of the
-        GPU, 0 for a CPU."""
+        GPU, 0 for a CPU. One of 24 GB gets 64 places, of 48 GB 128."""
         gpu = gpu_gib > 0
         places = 2 ** int(math.log2(3.3 * gpu_gib)) if gpu else 16
         self.max_in_flight = self.max_in_flight or min(places, 512)
