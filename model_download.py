@@ -486,13 +486,14 @@ def _check_gpu(device: str, settings: Any) -> None:
     import torch
 
     try:
-        name = torch.cuda.get_device_name(device)  # torch explains old drivers well
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise ValueError(f"{name} has no bfloat16 (compute capability 8.0)")
+        # A driver or a card that does not fit this torch may show here for the first time.
+        torch.ones(2, dtype=torch.bfloat16, device=device).sum().item()
     except (AssertionError, RuntimeError) as error:
-        hint = "README: which torch for which driver. Without a GPU, --demo works"
-        why = f"{device} with torch {torch.__version__}: {error}"
-        raise ValueError(f"{why}\nphi-4 needs a 32 GB GPU. {hint}") from error
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"{name} has no bfloat16 (compute capability 8.0)")
+        why = f"{device} with torch {torch.__version__}: {str(error).splitlines()[0]}"
+        raise ValueError(f"{why}\n{_which_torch(str(error))}") from error
     if settings.dtype == "float32":
         raise ValueError("--dtype float32 is for --device cpu")
     files = [] if settings.demo else settings.model.glob("*.safetensors")
@@ -501,6 +502,34 @@ def _check_gpu(device: str, settings: Any) -> None:
     needed, free = weights / 2**30 + 2, torch.cuda.mem_get_info(device)[0] / 2**30
     if free < needed:
         raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
+
+
+TORCH_INDEX = "https://download.pytorch.org/whl/"
+MIRROR = "--extra-index-url https://pypi.tuna.tsinghua.edu.cn/simple"
+
+
+def _which_torch(error: str) -> str:
+    """What to do where torch cannot use a GPU: `error` is what it said."""
+    import torch
+
+    version, built_for = torch.__version__.partition("+")[0], torch.version.cuda
+    install = f"pip install torch=={version}"
+    if built_for is None:
+        return f"This torch is for CPUs: {install} --index-url {TORCH_INDEX}cu130"
+    found = re.search(r"found version (\d+)", error)  # 12080 of a driver for CUDA 12.8
+    driver = int(found[1]) if found else torch._C._cuda_getDriverVersion()
+    needed = int(built_for.partition(".")[0]) * 1000
+    if 12000 <= driver < needed:
+        older = f"{install}+cu126 --index-url {TORCH_INDEX}cu126 {MIRROR}"
+        new = "Rent a host that offers CUDA 13, or update the NVIDIA driver to 580 or later"
+        return f"{new}. Otherwise, but not for RTX 50: {older}"
+    if 0 < driver < needed:
+        return "Update the NVIDIA driver: README says which one this torch needs"
+    if "no kernel image" in error and driver >= 13000:
+        return f"This build of torch does not know the card: {install}"
+    return (
+        "phi-4 needs a 32 GB GPU; without one, --demo works. Does nvidia-smi show it?"
+    )
 
 
 def can_compile() -> bool:

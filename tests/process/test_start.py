@@ -155,6 +155,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     cuda = torch.cuda
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "get_device_name", lambda *_: "Some Card")
+    ones = torch.ones
+    on_cpu = lambda *sizes, device, **more: ones(*sizes, **more)
+    monkeypatch.setattr(torch, "ones", on_cpu)
     monkeypatch.setattr(cuda, "get_device_capability", lambda *_: card["capability"])
     monkeypatch.setattr(cuda, "mem_get_info", lambda *_: (card["free"], 80 * 2**30))
     return card
@@ -202,12 +205,45 @@ def test_the_demo_does_not_need_the_room_of_the_other_model(
     assert model_download.preflight(given).type == "cuda"
 
 
-def test_driver_too_old(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def old(*_: Any) -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found 12020)")
+OLD = "The NVIDIA driver on your system is too old (found version %d). Please update."
+NO_IMAGE = "CUDA error: no kernel image is available for execution on the device\nmore"
+CU126 = r"CUDA 13.*580.*not for RTX 50: pip install torch==2\.13\.0\+cu126 --index-url https"
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", old)
-    with pytest.raises(ValueError, match=r"(?s)2.13.*12020.*README"):
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("error", "built_for", "driver", "told"),
+    [
+        (AssertionError("Torch not compiled with CUDA"), None, 0, "torch==.*/cu130"),
+        (RuntimeError(OLD % 12080), "13.0", 12080, f"12080.*{CU126}"),
+        (RuntimeError("CUDA error: invalid image"), "13.0", 12040, CU126),
+        (RuntimeError(OLD % 11040), "13.0", 11040, "11040.*Update the NVIDIA driver"),
+        (RuntimeError(NO_IMAGE), "12.6", 13000, r"pip install torch==2\.13\.0$"),
+        (RuntimeError("No CUDA GPUs are available"), "13.0", 13000, "--demo works"),
+        (RuntimeError("Found no NVIDIA driver"), "13.0", 0, "--demo works"),
+    ],
+)
+def test_torch_that_cannot_use_the_gpu(
+    gpu: dict,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    late: bool,
+    error: Exception,
+    built_for: str | None,
+    driver: int,
+    told: str,
+) -> None:
+    """It says what to do; some find out only when they run something."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    holder, name = (torch, "ones") if late else (torch.cuda, "get_device_name")
+    monkeypatch.setattr(holder, name, fail)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    version = lambda: driver
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", version, raising=False)
+    with pytest.raises(ValueError, match=f"(?s)cuda:0 with torch 2.13.*{told}"):
         model_download.preflight(api.Settings(model=tiny_folder))
 
 
