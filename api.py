@@ -97,30 +97,28 @@ except ImportError:  # torch for CPUs has none
     triton = tl = SimpleNamespace(jit=lambda kernel: kernel, constexpr=int)
 
 import model_download
+import py_api
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
 from py_api import (
-    CLIENT_SECONDS,
-    JSON,
-    MAX_CONNECTIONS,
+    ERRORS,
+    OPENAI_ERRORS,
+    SSE,
+    TEXT,
     Answer,
-    BoundedRequest,
     ChatCompletion,
     ChatRequest,
     ChatResponse,
     ClientError,
-    ErrorBody,
     Health,
     ModelCard,
     ModelList,
-    OpenAIErrorBody,
     OpenAIRequest,
-    Protocol,
     SamplingFields,
     Turn,
-    check_head,
     error_response,
     schema_error,
     sse,
+    unavailable,
 )
 
 logger = logging.getLogger("phi4")
@@ -134,11 +132,6 @@ AnyChatRequest = ChatRequest | OpenAIRequest
 # ------------------------------------------------------------------------------
 # Engine: from a request to its text
 # ------------------------------------------------------------------------------
-
-
-def unavailable(detail: str) -> HTTPException:
-    """Loading, full, restarting or shutting down: trying again helps."""
-    return HTTPException(503, detail, {"Retry-After": "1"})
 
 
 class Sampling:
@@ -220,8 +213,8 @@ INLINE_CHARS, LONG_CHARS, TURN_CHARS = 2048, (4096, 32768), 50
 MAX_CHARS_PER_TOKEN = 16
 # Grammars that are compiled at once, and what one may take; 0.3 is usual for the largest.
 COMPILERS, COMPILE_SECONDS = 2, 15
-# Of all streams together: each takes 80 us of Python. Where there are many, several tokens
-# share an event, and the generation thread gets its turn.
+# Of all streams together. An event takes 80 us of Python: where many stream, tokens share
+# one, and the generation thread gets its turn.
 MAX_EVENTS_PER_SECOND = 5000
 ENGINE_FAILED = "the engine failed and is restarting"
 MAX_FAILURES = 3  # of the engine, in a row, without an answer between them
@@ -339,6 +332,8 @@ class Engine:
         while True:
             await asyncio.sleep(0.1)
             self.release_all(HTTPException(504, late), settings.request_timeout)
+            for generation in self.admitted.values():
+                self.show(generation, time.monotonic())  # what has waited for more
             steps, busy = progress(self.manager)
             if self.status == "down":
                 await self.restart()
@@ -465,7 +460,7 @@ class Engine:
 
     def process_outputs(self, outputs: list[Any]) -> None:
         """Feed the generation thread's newest tokens to their generations."""
-        now, between = time.monotonic(), len(self.admitted) / MAX_EVENTS_PER_SECOND
+        now = time.monotonic()
         for output in outputs:
             generation = self.admitted.get(output.request_id)
             if generation is None:
@@ -487,15 +482,20 @@ class Engine:
                     piece = self.token_bytes[token]
                     goes_on = piece is None and generation.sampling.body.ignore_eos
                     generation.feed(b"" if goes_on else piece)
-            length = len(generation.text)
-            if length > generation.shown_chars and now >= generation.shown_at + between:
-                generation.shown_at, generation.shown_chars = now, length
-                generation.changed.set()
+            self.show(generation, now)
             if output.is_finished():
                 generation.finish("length")
             if generation.finish_reason:
                 self.failures = 0
                 self.release(generation)
+
+    def show(self, generation: Generation, now: float) -> None:
+        """Wake who waits for new text, but not too often."""
+        running = min(len(self.admitted), self.settings.max_in_flight)
+        between, length = running / MAX_EVENTS_PER_SECOND, len(generation.text)
+        if length > generation.shown_chars and now >= generation.shown_at + between:
+            generation.shown_at, generation.shown_chars = now, length
+            generation.changed.set()
 
     def release(self, generation: Generation, error: Exception | None = None) -> None:
         """Free the place of a request that has ended, or that nobody waits for. Does
@@ -528,7 +528,7 @@ class SecuredRoute(APIRoute):
             if request.app.state.engine.phase == "loading":
                 raise unavailable("the server is loading")
             check_key(request)
-            return await handle(BoundedRequest(request.scope, request.receive))
+            return await handle(py_api.BoundedRequest(request.scope, request.receive))
 
         return handle_if_allowed
 
@@ -578,7 +578,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     headers = {"X-Finish-Reason": body.finish_reason(generation)}
     headers["X-Prompt-Tokens"] = str(generation.prompt_tokens)
     headers["X-Completion-Tokens"] = str(generation.completion_tokens)
-    return Response(to_json(body.to_response(generation)), 200, headers, JSON)
+    return Response(to_json(body.to_response(generation)), 200, headers, py_api.JSON)
 
 
 async def release_when_client_leaves(request: Request, generation: Generation) -> None:
@@ -616,13 +616,6 @@ def ping(engine: Engine, generation: Generation) -> None:
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
 
 
-SSE = {200: {"content": {"text/event-stream": {}}}}
-ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
-TEXT = {200: {"content": {"text/plain": {}}}} | ERRORS
-OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
-OPENAI: Any = {"tags": ["OpenAI API"], "responses": SSE | OPENAI_ERRORS}
-
-
 @secured.post("/", tags=["Chat"], response_model=ChatResponse, responses=SSE | ERRORS)
 async def ask_the_model(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
@@ -630,7 +623,7 @@ async def ask_the_model(request: Request, body: ChatRequest) -> Response:
     return await reply(request, body)
 
 
-@secured.post("/v1/chat/completions", response_model=ChatCompletion, **OPENAI)
+@secured.post("/v1/chat/completions", response_model=ChatCompletion, **py_api.OPENAI)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
@@ -711,7 +704,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            check_head(request)
+            py_api.check_head(request)
             await self.app(scope, receive, labelled_send)
         except asyncio.CancelledError:
             logger.debug("%s ends, the server shuts down", request_id)
@@ -1015,8 +1008,8 @@ async def chat_page() -> Response:
 # Pinned to transformers 5.24.0 and torch 2.13.0. All that this server uses of them
 # beyond their documentation stands here, and tests/engine/test_library_seams.py checks
 # it, so a new version has this section to read. In this order: the manager of the
-# thread that runs the model; Scheduler and Runner, which cancel and sample on any
-# device; and from PAGE_SIZE on the attention and the CUDA graphs of a GPU.
+# thread that runs the model; Cache, Scheduler and Runner, which share, cancel and sample
+# on any device; and from PAGE_SIZE on the attention and the CUDA graphs of a GPU.
 # ------------------------------------------------------------------------------
 
 
@@ -1025,7 +1018,8 @@ def create_manager(model: Any, ends: list[int], settings: Settings) -> Any:
     requests at once, over and over. `warmup` allocates its cache and, on a GPU, compiles
     the layers and captures the CUDA graphs."""
     on_flash = model.config._attn_implementation == FLASH
-    page_size = FLASH_PAGE_SIZE if on_flash and not FlashRunner.compiles else PAGE_SIZE
+    kernel_fits = FlashRunner.compiles and model_download.fits_kernel(model.config)
+    page_size = FLASH_PAGE_SIZE if on_flash and not kernel_fits else PAGE_SIZE
     config = transformers.ContinuousBatchingConfig(
         page_size=page_size,
         # None: what is left of the GPU's memory
@@ -1134,7 +1128,8 @@ class Cache(batching.PagedAttentionCache):
         if not counts or end > prompt:
             return counts
         ((name, count),) = counts.items()
-        # Nobody looks for the page of a prompt's last token, which is always computed.
+        # The page of a prompt's last token waits: an equal prompt, which has to compute
+        # that token, would be given this page to write to.
         page_size = self.cache_allocators[name].tokens_per_page
         later = int(end == prompt and end % page_size == 0)
         self.mark_complete_blocks(state, {name: count - later})
@@ -1145,6 +1140,13 @@ class Cache(batching.PagedAttentionCache):
         (allocator,) = self.cache_allocators.values()
         blocks = allocator.block_table[name]
         table[0].numpy()[: len(blocks)] = blocks
+
+    def free_blocks(self, name: str, no_cache: bool = False) -> None:
+        """The last page first: it will be evicted first. Without those before it, nobody
+        would find it."""
+        for allocator in self.cache_allocators.values():
+            allocator.block_table.get(name, []).reverse()
+        super().free_blocks(name, no_cache)
 
     def evict_cached_blocks(self) -> bool:
         """The oldest; the library would evict all that no request uses."""
@@ -1168,6 +1170,13 @@ class Scheduler(batching.FIFOScheduler):
             state.status = batching.RequestStatus.FINISHED
             self.block_new_requests = False
         return cancelled
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple:
+        """Block tables need no limit on how much is read, for which a shared page would
+        count once a row."""
+        if self.cache.max_blocks_per_request:
+            cache_budget = 2**62
+        return super().schedule_batch(token_budget, cache_budget)
 
     def _infer_request_tokens(self, state: Any, leaving: set[str]) -> list[int]:
         """Counts what comes from the prefix cache, which the library looks into here."""
@@ -1340,7 +1349,7 @@ def sample(
 # From here on: attention and CUDA graphs of a GPU.
 
 PAGE_SIZE = 16  # tokens in a page of the cache
-FLASH_PAGE_SIZE = 256  # without Triton: torch's paged kernel takes no smaller one
+FLASH_PAGE_SIZE = 256  # without our kernel: torch's takes no smaller one
 # Steps of up to MAX_GRAPH_TOKENS tokens are CUDA graphs: with prompts in them one for
 # each multiple of GRAPH_STEP; decoding one for each power of two of rows, to which the
 # library pads them. Larger steps keep the GPU busy for longer than their launches take.
@@ -1362,12 +1371,10 @@ class StepShape(NamedTuple):
     num_new_prompts: int  # rows, if it is no graph and nothing is cached; otherwise 0
 
 
-class Parts(NamedTuple):
-    """Parts of rows, numbered from the first part of the first row. A program of the
-    kernel computes one of them for one key head."""
-
-    row: Tensor  # (most,) of each part; -1 behind the last
-    ends: Tensor  # (rows,) parts of this row and of all before
+# Parts of rows, numbered from the first part of the first row: the row of each, (most,),
+# -1 behind the last; and the parts of each row and of all before it, (rows,). A program
+# of the kernel computes one part for one key head.
+Parts = tuple[Tensor, Tensor]
 
 
 def count_parts(counts: Tensor, most: int) -> Parts:
@@ -1375,18 +1382,15 @@ def count_parts(counts: Tensor, most: int) -> Parts:
     ends = counts.cumsum(0, dtype=torch.int32)
     part = torch.arange(most, dtype=torch.int32, device=counts.device)
     row = torch.bucketize(part, ends, right=True, out_int32=True)
-    return Parts(row.where(part < ends[-1], -1), ends)
+    return row.where(part < ends[-1], -1), ends
 
 
 def cut_into_parts(
-    shape: StepShape,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    heads: int,
-    kv_heads: int,
+    shape: StepShape, cu_seqlens: tuple[Tensor, Tensor], heads: int, kv_heads: int
 ) -> tuple[Tensor, Parts, Parts | None]:
-    """The last fields of a ForwardContext. Nothing of it waits for the GPU."""
-    new, cached = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    """The last fields of a ForwardContext; cu_seqlens are of queries and of keys. Nothing
+    of it waits for the GPU."""
+    new, cached = (ends.diff() for ends in cu_seqlens)
     cached = cached.where(new == 1, 0)
     unit = DECODE_PROGRAMS * CHUNK
     chunk_size = (cached.sum() * kv_heads + unit - 1) // unit * CHUNK
@@ -1441,6 +1445,7 @@ def attend_to_parts(
     keys: "Tensor",
     values: "Tensor",
     block_table: "Tensor",
+    table_width: "int",
     cu_seqlens_q: "Tensor",
     cu_seqlens_k: "Tensor",
     rows: "Tensor",
@@ -1449,7 +1454,6 @@ def attend_to_parts(
     out: "Tensor",
     logsumexp: "Tensor",
     scale: "float",
-    table_width: "int",
     HEADS: tl.constexpr,  # of keys
     GROUP: tl.constexpr,  # heads of queries for each
     DIM: tl.constexpr,
@@ -1540,23 +1544,22 @@ def paged_attention(
     """Causal attention of a step's new tokens, q as in `attend`, to what the cache holds:
     k and v are (slots, kv_heads, dim)."""
     (_, heads, dim), kv_heads, out = q.shape, k.shape[1], torch.empty_like(q)
-    table, chunks, num_chunks = step.block_table, step.chunks, len(step.chunks.row)
+    table, num_chunks = step.block_table, len(step.chunks[0])
     means = torch.empty(num_chunks, heads, dim, device=q.device)
     logsumexp = torch.empty(num_chunks, heads, device=q.device)
-    tensors = q, k, v, table, step.cu_seqlens_q, step.cu_seqlens_k
-    numbers = scale * math.log2(math.e), table.stride(0)
+    rows = q, k, v, table, table.stride(0), step.cu_seqlens_q, step.cu_seqlens_k
     sizes = {"HEADS": kv_heads, "GROUP": heads // kv_heads, "DIM": dim}
     sizes |= {"PAGE": step.page_size, "KEYS": 64}
 
     def attend_to(parts: Parts, out: Tensor, **more: int) -> None:
-        kernel = attend_to_parts[(len(parts.row) * kv_heads,)]
-        part = *parts, step.chunk_size, out, logsumexp
-        kernel(*tensors, *part, *numbers, **sizes, **more)
+        kernel = attend_to_parts[(len(parts[0]) * kv_heads,)]
+        part = *parts, step.chunk_size, out, logsumexp, scale * math.log2(math.e)
+        kernel(*rows, *part, **sizes, **more)
 
-    attend_to(chunks, means, SIZE=16, DECODING=True, num_stages=2)
+    attend_to(step.chunks, means, SIZE=16, DECODING=True, num_stages=2)
     merge = merge_chunks[(len(table), heads)]
-    rows = chunks.ends, step.cu_seqlens_q
-    merge(means, logsumexp, *rows, out, HEADS=heads, DIM=dim, num_warps=1)
+    ends = step.chunks[1], step.cu_seqlens_q
+    merge(means, logsumexp, *ends, out, HEADS=heads, DIM=dim, num_warps=1)
     if step.blocks:
         attend_to(step.blocks, out, SIZE=BLOCK, DECODING=False, num_stages=3)
     return out
@@ -1565,7 +1568,7 @@ def paged_attention(
 def attend_without_triton(
     q: Tensor, k: Tensor, v: Tensor, scale: float, step: ForwardContext
 ) -> Tensor:
-    """The same by torch's kernel: 20% to 160% slower."""
+    """The same by torch's kernel, which takes 1.2 to 2.6 times as long."""
     k, v = (x.unflatten(0, (-1, step.page_size)) for x in (k, v))
     lengths = step.cu_seqlens_q, step.cu_seqlens_k
     most = 1 if step.shape.decoding else step.shape.num_tokens
@@ -1653,9 +1656,10 @@ class FlashRunner(Runner):
         block = pad(block_table, (0, 0, 0, 1), value=-1)[row, positions // page_size]
         keys = (block * page_size + positions % page_size).clamp(min=0)
         slot_mapping = torch.cat((keys, keys + self.kv_cache.shape[1] // 2))
-        tensors = slot_mapping, block_table, cu_seqlens_q, cu_seqlens_k
+        cu_seqlens = cu_seqlens_q, cu_seqlens_k
         heads = config.num_attention_heads, config.num_key_value_heads
-        parts = cut_into_parts(shape, cu_seqlens_q, cu_seqlens_k, *heads)
+        tensors = slot_mapping, block_table, *cu_seqlens
+        parts = cut_into_parts(shape, cu_seqlens, *heads)
         forward_context.set(ForwardContext(shape, page_size, *tensors, *parts))
         # `attend` writes the cache: given to the layers, the library's own would write
         # it again, and break the compiled layer in two.
@@ -1794,9 +1798,11 @@ def main() -> int:
         return EXIT_WRONG_START
     app = create_app(settings)  # which sets the level of the log
     # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
-    options: dict[str, Any] = {"http": Protocol, "ws": "none", "log_config": None}
-    options |= {"root_path": settings.root_path, "limit_concurrency": MAX_CONNECTIONS}
-    options |= {"timeout_keep_alive": CLIENT_SECONDS, "timeout_graceful_shutdown": 5}
+    options: dict[str, Any] = {"http": py_api.Protocol, "ws": "none"}
+    options |= {"log_config": None, "timeout_graceful_shutdown": 5}
+    options |= {"root_path": settings.root_path}
+    options |= {"limit_concurrency": py_api.MAX_CONNECTIONS}
+    options |= {"timeout_keep_alive": py_api.CLIENT_SECONDS}
     if settings.demo:
         logger.warning(DEMO_NOTE)
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):

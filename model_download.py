@@ -539,6 +539,13 @@ def can_compile() -> bool:
     return compiler and header and importlib.util.find_spec("triton") is not None
 
 
+def fits_kernel(config: Any) -> bool:
+    """Whether api.py's attention kernel can do a model's heads; phi-4's it can."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads // kv_heads <= 16 and dim in (16, 32, 64, 128, 256)
+
+
 CGROUPS = Path("/sys/fs/cgroup")
 
 

@@ -197,6 +197,11 @@ class ClientError(HTTPException):
         self.param, self.code = param, code
 
 
+def unavailable(detail: str) -> HTTPException:
+    """Loading, full, restarting or shutting down: trying again helps."""
+    return HTTPException(503, detail, {"Retry-After": "1"})
+
+
 # What compiling a schema raises for one that cannot be used.
 SCHEMA_ERRORS = (ValueError, TypeError, ArithmeticError, RecursionError)
 
@@ -244,6 +249,12 @@ class OpenAIErrorBody(BaseModel):
     error: dict[str, str | None]
 
 
+# What /docs shows.
+SSE = {200: {"content": {"text/event-stream": {}}}}
+ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
+TEXT = {200: {"content": {"text/plain": {}}}} | ERRORS
+OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
+OPENAI = {"tags": ["OpenAI API"], "responses": SSE | OPENAI_ERRORS}
 # OpenAI's codes, by status or by pydantic's type of error.
 CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
 CODES |= {"unsupported_parameter": "unsupported_parameter"}

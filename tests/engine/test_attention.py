@@ -190,6 +190,19 @@ def test_compiles_if_that_is_possible(
     assert len(caplog.records) == (not able)  # says what it costs
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "fits"),
+    [(40, 10, 128, 1), (9, 3, 64, 1), (16, 1, 64, 1), (32, 1, 64, 0), (32, 32, 96, 0)],
+)
+def test_heads_that_the_kernel_cannot_do_have_torchs(
+    heads: int, kv_heads: int, dim: int, fits: int
+) -> None:
+    """Those of Phi-3-mini, for one."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = transformers.Phi3Config(**sizes, hidden_size=heads * dim)
+    assert model_download.fits_kernel(config) == bool(fits)
+
+
 def test_compiling_needs_all_of_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_download.shutil, "which", lambda name: "/usr/bin/cc")
     monkeypatch.setattr(

@@ -46,7 +46,7 @@ def step_of(
     q = torch.randn(tokens, heads, 32, generator=generator)
     ends = [torch.nn.functional.pad(x.cumsum(0), (1, 0)).int() for x in (new, used)]
     shape = api.StepShape(tokens, bool((new <= 1).all()), 0)
-    parts = api.cut_into_parts(shape, *ends, heads, kv_heads)
+    parts = api.cut_into_parts(shape, ends, heads, kv_heads)
     nowhere = torch.zeros(2 * tokens)
     return q, cache, api.ForwardContext(shape, 16, nowhere, table, *ends, *parts)
 
@@ -87,16 +87,16 @@ def test_all_keys_of_decoding_rows_are_in_parts(
     for length in (1, 31, 32, 33, 5000):
         rows = [(1, length - 1)] * 7 + [(3, 5)]
         *_, step = step_of(rows, 2, 2)
-        size, chunks, blocks = step.chunk_size, step.chunks, step.blocks
+        size, (row, ends), blocks = step.chunk_size, step.chunks, step.blocks
         assert size % 32 == 0
-        assert chunks.ends.tolist() == [
-            -(-length // int(size)) * min(row + 1, 7) for row in range(8)
+        assert ends.tolist() == [
+            -(-length // int(size)) * min(n + 1, 7) for n in range(8)
         ]
-        assert int(chunks.ends[-1]) <= len(chunks.row)
-        numbers = torch.arange(len(chunks.row))
-        counted = torch.searchsorted(chunks.ends, numbers, right=True)
-        assert torch.equal(chunks.row, counted.where(counted < 8, -1).int())
-        assert blocks.ends.tolist() == [0] * 7 + [1]
+        assert int(ends[-1]) <= len(row)
+        numbers = torch.arange(len(row))
+        counted = torch.searchsorted(ends, numbers, right=True)
+        assert torch.equal(row, counted.where(counted < 8, -1).int())
+        assert blocks[1].tolist() == [0] * 7 + [1]
 
 
 COMPILE = """

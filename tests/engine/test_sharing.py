@@ -239,6 +239,46 @@ def test_pages_of_a_step_that_failed_are_not_shared(make: Make) -> None:
     assert cached() == [0]
 
 
+def test_many_who_share_run_at_once(make: Make) -> None:
+    """Of 8 places, with pages for all of them as long as they share. (A CPU reads the
+    keys of each row into one buffer, which has room for less.)"""
+    manager = make(blocks=34)
+    if not manager.batch_processor.cache.max_blocks_per_request:
+        pytest.skip("a CPU")
+    system, most = tokens(192, 8), 0
+    schedule = manager.batch_processor.scheduler.schedule_batch
+
+    def counting(*budgets: int) -> tuple:
+        nonlocal most
+        found = schedule(*budgets)
+        most = max(most, len(found[0] or ()))
+        return found
+
+    manager.batch_processor.scheduler.schedule_batch = counting
+    cached = ask(manager, [system + tokens(3, n) for n in range(8)])
+    manager.start()
+    results(manager, set("01234567"))
+    assert most == 8
+    assert cached() == [0] + [192] * 7
+
+
+def test_the_end_of_a_conversation_is_evicted_before_its_beginning(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "EVICTED_PAGES", 4)
+    manager, prompt = make(), tokens(200, 9)
+    manager.start()
+    ask(manager, [prompt], "first")
+    results(manager, {"first0"})
+    cache = manager.batch_processor.cache
+    (allocator,) = cache.cache_allocators.values()
+    kept = len(allocator.ledger.cached_blocks)
+    assert kept == 13 and cache.evict_cached_blocks()  # 6 of them, the half
+    cached = ask(manager, [prompt], "again")
+    results(manager, {"again0"})
+    assert cached() == [(kept - 6) * PAGE]
+
+
 def test_the_oldest_pages_are_evicted_first(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,26 @@ def test_where_many_stream_tokens_share_events(counting, say, monkeypatch):
     assert deltas[0] == "one " and len(deltas) == 2
 
 
+def test_text_that_shares_an_event_does_not_wait_for_the_next(
+    counting, say, monkeypatch
+):
+    """Where the next token does not come, as after a preemption."""
+    say(b"one ", b"two ", b"three")
+    monkeypatch.setattr(api, "MAX_EVENTS_PER_SECOND", 5)
+    with counting.gate as gate:
+        gate.close()
+        stream = counting.stream(max_new_tokens=3)
+        gate.allow(2)
+        begun, seen = time.monotonic(), b""
+        for chunk in stream.iter_content(None):
+            seen += chunk
+            if b"two" in seen:
+                break
+        assert time.monotonic() - begun < api.PING_SECONDS - 5
+        gate.allow()
+        stream.close()
+
+
 def test_a_client_that_reads_late_gets_everything(counting, say):
     pieces = [b"%d," % i * 4000 for i in range(250)]  # more than the buffers hold
     say(*pieces)

@@ -76,7 +76,7 @@ def paged_reference(
     # Each row has as many parts as it takes: of its keys if it decodes, or of its tokens.
     size = int(step.chunk_size)
     wanted = [-(-k // size) if n == 1 else 0 for n, k in zip(new, used, strict=True)]
-    assert step.chunks.ends.diff(prepend=torch.tensor([0])).tolist() == wanted
+    assert step.chunks[1].diff(prepend=torch.tensor([0])).tolist() == wanted
     assert (step.blocks is None) == decoding == (int(new.max()) == 1)
     return attend_by_row(q, pages, step.block_table, step.cu_seqlens_q, used, scale)
 
