@@ -32,9 +32,9 @@ reply(). One thread owns the model; the event loop never waits for it.
 
 The file follows the data: engine, then routes, then the chat page, which asks POST /.
 Then comes a section on the insides of transformers and torch, which a first reading may
-skip, and last the entry points, with what guards a connection. What goes over the wire
-stands in py_api.py, below a client that shows its use. model_download.py has the
-settings, and looks at the folder and at the machine before anything is loaded.
+skip, and last the entry points. What goes over the wire stands in py_api.py, below a
+client that shows its use, and last there what a stranger may send. model_download.py has
+the settings, and looks at the folder and at the machine before anything is loaded.
 """
 
 import asyncio
@@ -104,6 +104,7 @@ from py_api import (
     OPENAI_ERRORS,
     SSE,
     TEXT,
+    UVICORN_OPTIONS,
     Answer,
     ChatCompletion,
     ChatRequest,
@@ -1797,19 +1798,14 @@ def main() -> int:
         logger.error("%s", error)
         return EXIT_WRONG_START
     app = create_app(settings)  # which sets the level of the log
-    # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
-    options: dict[str, Any] = {"http": py_api.Protocol, "ws": "none"}
-    options |= {"log_config": None, "timeout_graceful_shutdown": 5}
-    options |= {"root_path": settings.root_path}
-    options |= {"limit_concurrency": py_api.MAX_CONNECTIONS}
-    options |= {"timeout_keep_alive": py_api.CLIENT_SECONDS}
     if settings.demo:
         logger.warning(DEMO_NOTE)
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     logger.info("listening on http://%s:%d", host, settings.port)
-    Server(uvicorn.Config(app, **options)).run([listener])
+    config = uvicorn.Config(app, root_path=settings.root_path, **UVICORN_OPTIONS)
+    Server(config).run([listener])
     return 0
 
 

@@ -1334,3 +1334,14 @@ class Protocol(H11Protocol):
             self.flow.resume_reading()
             if len(self.conn.trailing_data[0]) > 65536:
                 self.transport.abort()
+
+
+# No WebSocket: uvicorn would leave a POST that asks for one without an answer.
+UVICORN_OPTIONS: dict[str, Any] = {
+    "http": Protocol,
+    "ws": "none",
+    "log_config": None,
+    "limit_concurrency": MAX_CONNECTIONS,
+    "timeout_keep_alive": CLIENT_SECONDS,
+    "timeout_graceful_shutdown": 5,
+}
