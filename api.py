@@ -253,8 +253,9 @@ class Engine:
         settings = self.settings
         self.device = device = model_download.preflight(settings)
         gpu, dtype = device.type == "cuda", settings.dtype
-        memory = torch.cuda.mem_get_info(device)[1] if gpu else 0
-        settings.resolve(memory / 2**30)
+        memory = torch.cuda.mem_get_info(device)[1] / 2**30 if gpu else 0
+        # torchrun's processes have to agree, and their cards may differ.
+        settings.resolve(memory if WORLD_SIZE == 1 else 48 * gpu)
         if dtype == "auto":
             # CPUs that multiply bfloat16 are faster with it, others far slower.
             fast = gpu or torch.cpu._is_avx512_bf16_supported()

@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch, tiny.one_thread():
-        patch.setattr(api, "CLIENT_SECONDS", 1)  # so long a connection is remembered
+        patch.setattr(py_api, "CLIENT_SECONDS", 1)  # so long a connection is remembered
         patch.setattr(api, "PING_SECONDS", 1)  # and a stream
         with running(model=folder) as server:
             yield server
@@ -77,7 +77,7 @@ def served(folder: Path) -> Iterator[Running]:
 def on_gpu(folder: Path) -> Iterator[Running]:
     """Here the next step runs before the last token is known."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "CLIENT_SECONDS", 1)
+        patch.setattr(py_api, "CLIENT_SECONDS", 1)
         patch.setattr(api, "PING_SECONDS", 1)
         with played.serving(model=folder) as server:
             yield server

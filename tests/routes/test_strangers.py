@@ -154,7 +154,7 @@ SLOW = {
 def test_a_client_that_is_waited_for_is_waited_for_seconds(
     tiny_folder, monkeypatch, case
 ):
-    monkeypatch.setattr(api, "CLIENT_SECONDS", 1)
+    monkeypatch.setattr(py_api, "CLIENT_SECONDS", 1)
     with (
         running(model=tiny_folder, api_key="right") as served,
         net.connect(served.url, SLOW[case]) as client,
@@ -170,7 +170,7 @@ def test_a_client_that_is_waited_for_is_waited_for_seconds(
 def test_an_answer_that_takes_longer_than_that_is_no_idle_connection(
     tiny_folder, monkeypatch
 ):
-    monkeypatch.setattr(api, "CLIENT_SECONDS", 1)
+    monkeypatch.setattr(py_api, "CLIENT_SECONDS", 1)
     with running(model=tiny_folder) as served, served.gate as gate:
         gate.close()
         answer = served.submit(max_new_tokens=2)
