@@ -515,7 +515,8 @@ def _which_torch(error: str) -> str:
     version, built_for = torch.__version__.partition("+")[0], torch.version.cuda
     install = f"pip install torch=={version}"
     if built_for is None:
-        return f"This torch is for CPUs: {install} --index-url {TORCH_INDEX}cu130"
+        with_gpu = f"{install} --index-url {TORCH_INDEX}cu130"
+        return f"Without a GPU, --demo works. With one, this torch cannot: {with_gpu}"
     found = re.search(r"found version (\d+)", error)  # 12080 of a driver for CUDA 12.8
     driver = int(found[1]) if found else torch._C._cuda_getDriverVersion()
     needed = int(built_for.partition(".")[0]) * 1000
