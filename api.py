@@ -180,7 +180,8 @@ class Generation(Answer):
     sampling: Sampling  # once it is tokenised
     error: Exception | None = None
     first_token = last_token = 0.0  # when they came; 0: not yet
-    shown_at, shown_chars = 0.0, 0  # when `changed` was last set for new text
+    sent_chars = 0  # what the stream has sent of the text
+    shown_at = 0.0  # when `changed` was last set for new text
 
     def __init__(self, *answer: Any) -> None:
         super().__init__(*answer)
@@ -494,9 +495,10 @@ class Engine:
     def show(self, generation: Generation, now: float) -> None:
         """Wake who waits for new text, but not too often."""
         running = min(len(self.admitted), self.settings.max_in_flight)
-        between, length = running / MAX_EVENTS_PER_SECOND, len(generation.text)
-        if length > generation.shown_chars and now >= generation.shown_at + between:
-            generation.shown_at, generation.shown_chars = now, length
+        between = running / MAX_EVENTS_PER_SECOND
+        is_new = len(generation.text) > generation.sent_chars
+        if is_new and now >= generation.shown_at + between:
+            generation.shown_at = now
             generation.changed.set()
 
     def release(self, generation: Generation, error: Exception | None = None) -> None:
@@ -592,15 +594,16 @@ async def stream_events(
     request: Request, body: AnyChatRequest, generation: Generation
 ) -> AsyncIterator[bytes]:
     """Server-sent events from the beginning of a generation to its end."""
-    sent, finished = 0, None
+    finished = None
     if not generation.error:
         generation.changed.clear()  # what has come until now is sent first
     try:
         while not finished:
             data = b": ping\n\n"
-            if len(generation.text) > sent or generation.finish_reason:
+            sent, finished = generation.sent_chars, generation.finish_reason
+            if len(generation.text) > sent or finished:
                 data = b"".join(body.to_events(generation, sent))
-            sent, finished = len(generation.text), generation.finish_reason
+            generation.sent_chars = len(generation.text)
             yield data
             if not finished:
                 await generation.wait()

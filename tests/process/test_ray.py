@@ -236,7 +236,7 @@ def test_replicas_follow_the_requests_in_flight_if_asked(built: Any) -> None:
         config = built(**arguments)._deployment_config.autoscaling_config
         return config.min_replicas, config.max_replicas, config.target_ongoing_requests
 
-    assert scale() == (1, 1, 128)
+    assert scale() == (1, 1, 256)
     assert scale(replicas="4", demo="true") == (4, 4, 16)
     assert scale(max_replicas="8", max_in_flight="32") == (1, 8, 32)
     with pytest.raises(ValueError):
@@ -246,7 +246,7 @@ def test_replicas_follow_the_requests_in_flight_if_asked(built: Any) -> None:
 def test_no_replica_is_sent_more_than_it_takes(
     built: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert built().max_ongoing_requests == 3 * 128
+    assert built().max_ongoing_requests == 3 * 256
     monkeypatch.setenv("PHI4_MAX_IN_FLIGHT", "10")  # of the machine that runs `serve`
     assert built(max_waiting="5").max_ongoing_requests == 15
     drained = built(drain_timeout="100")._deployment_config.graceful_shutdown_timeout_s

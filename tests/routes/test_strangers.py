@@ -567,8 +567,10 @@ def test_no_ping_follows_text_that_came_before_the_stream_was_opened():
     async def first_two() -> tuple[bytes, bool]:
         generation = api.Generation("phi-4", None)
         generation.feed(b"a")
+        generation.changed.set()
         await generation.wait()
         generation.feed(b"b")
+        generation.changed.set()
         body = api.ChatRequest(prompt="x", stream=True)
         events = api.stream_events(None, body, generation)
         begin = await anext(events)
