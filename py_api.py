@@ -168,6 +168,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
@@ -178,12 +179,13 @@ import h11
 import pydantic
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from model_download import words
+from model_download import WORLD_SIZE, compile_grammar, words
 
 
 class ClientError(HTTPException):
@@ -460,6 +462,44 @@ class SamplingFields(Strict):
     def finish_reason(self, answer: Answer) -> FinishReason | None:
         """None while it goes on."""
         return answer.finish_reason
+
+
+class Sampling:
+    """How the tokens of one request are chosen. The event loop makes it; the generation
+    thread reads it, and leaves here what the event loop shall know."""
+
+    cached_tokens = 0  # of the prompt: taken from the prefix cache
+    error = ""  # why its grammar ends the answer
+
+    def __init__(self, body: SamplingFields, temperature: float, matcher: Any) -> None:
+        self.body, self.matcher = body, matcher
+        self.temperature = body.temperature
+        if self.temperature is None:
+            self.temperature = temperature
+        self.seed = secrets.randbits(63) if body.seed is None else body.seed
+        penalties = body.presence_penalty, body.frequency_penalty
+        repeats = body.repetition_penalty not in (None, 1)
+        # Whether the tokens before the next one have to be known, and whether the
+        # library's own choice is right.
+        self.looks_back = bool(matcher or any(penalties) or repeats)
+        edited = self.looks_back or body.logit_bias or body.min_tokens
+        self.takes_likeliest = not (edited or self.temperature)
+        self.matched: list[int] = []  # the tokens that the matcher has consumed
+
+    def match(self, answer: list[int]) -> None:
+        """Bring the matcher to the end of the answer so far. A preemption may take back
+        the last token."""
+        if answer[: len(self.matched)] != self.matched:
+            self.matcher.reset()
+            self.matched = []
+        # A GPU computes a step more than an answer has: there it has ended.
+        if not self.matcher.is_stopped():
+            self.matcher.consume_tokens(answer[len(self.matched) :])
+        self.matched = answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The library copies what belongs to a request when it preempts it."""
+        return self
 
 
 # Ends of lines for Unicode, though not for server-sent events: clients that read line
@@ -855,6 +895,47 @@ def _call_rule(function: Any) -> str:
         schema = {"additionalProperties": False} | schema
     head = json.dumps((CALL % function.name).removeprefix(CALL_MARK))
     return f"{head} {_json_rule({'type': 'object'} | schema, not function.strict)}"
+
+
+# Grammars that are compiled at once, and what one may take; 0.3 is usual for the largest.
+COMPILERS, COMPILE_SECONDS = 2, 15
+
+
+class GrammarCompiler:
+    """Compiles what holds answers to their grammars, in threads."""
+
+    def __init__(self, ll_tokenizer: Any) -> None:
+        self.ll_tokenizer = ll_tokenizer
+        self.turns = asyncio.Semaphore(COMPILERS)
+        self.pool = ThreadPoolExecutor(COMPILERS)
+
+    async def compile(self, body: SamplingFields, in_thread: Callable) -> Any:
+        """The matcher of an answer, None if it has no grammar. `in_thread(pool, work)`
+        does the work unless the request has ended before. Raises a 400 or a 503."""
+        if not (body.is_json() or body.mark()):
+            return None
+        if WORLD_SIZE > 1:  # each process would need one of its own
+            raise schema_error(body.main_schema(), "not under torchrun")
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                await self.turns.acquire()
+        except TimeoutError as error:
+            raise unavailable("many schemas wait to be compiled") from error
+        compile_one = partial(compile_grammar, self.ll_tokenizer)
+        work = in_thread(self.pool, partial(body.matcher, compile_one))
+        compiling = asyncio.ensure_future(work)
+        # A thread cannot be ended: until it ends by itself, nobody else has its turn.
+        compiling.add_done_callback(self.compiled)
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await asyncio.shield(compiling)
+        except TimeoutError as error:
+            raise schema_error(body.main_schema(), "that takes too long") from error
+
+    def compiled(self, compiling: asyncio.Future) -> None:
+        self.turns.release()
+        if not compiling.cancelled():
+            compiling.exception()  # or asyncio logs one that nobody waits for
 
 
 # ------------------------------------------------------------------------------
@@ -1345,3 +1426,31 @@ UVICORN_OPTIONS: dict[str, Any] = {
     "timeout_keep_alive": CLIENT_SECONDS,
     "timeout_graceful_shutdown": 5,
 }
+
+
+class SecuredRoute(APIRoute):
+    """A route that needs the key, where one is set, and a loaded model. Both are looked
+    at before the body is read."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def handle_if_allowed(request: Request) -> Response:
+            if request.app.state.engine.phase == "loading":
+                raise unavailable("the server is loading")
+            check_key(request)
+            return await handle(BoundedRequest(request.scope, request.receive))
+
+        return handle_if_allowed
+
+
+def check_key(request: Request) -> None:
+    """Raises a 401 without a valid key, where keys are set."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    keys = words(request.app.state.engine.settings.api_key)
+    # In constant time.
+    matches = [secrets.compare_digest(given, key.encode()) for key in keys]
+    if keys and not any(matches):
+        why = "send a valid API key: Authorization: Bearer KEY"
+        raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})

@@ -443,7 +443,7 @@ def allows(served: Running, schema: dict[str, Any], answer: str) -> bool:
     """Whether the grammar of the schema takes this answer."""
     asked = {"messages": [{"role": "user", "content": "x"}]} | by(schema)
     body = api.OpenAIRequest.model_validate(asked)
-    tokenizer = served.engine.ll_tokenizer
+    tokenizer = served.engine.grammars.ll_tokenizer
     matcher = body.matcher(partial(model_download.compile_grammar, tokenizer))
     tokens = [*answer.encode()]
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
@@ -1052,7 +1052,7 @@ def test_who_left_before_the_compiler_was_free_is_not_compiled(
         return make(*args, **options)
 
     monkeypatch.setattr(llguidance, "LLMatcher", slow)
-    monkeypatch.setattr(served.engine, "compiler_turns", asyncio.Semaphore(1))
+    monkeypatch.setattr(served.engine.grammars, "turns", asyncio.Semaphore(1))
     waiting = served.submit(**asked(2, SMALL))
     try:
         assert begun.wait(DEADLINE)
@@ -1111,7 +1111,7 @@ def test_what_would_take_too_long_is_refused_soon(served: Running, name: str) ->
     if name != "references":
         assert answer.status_code == 400
         assert "response_format" in answer.json()["error"]["message"]
-    assert time.monotonic() - begun < 5 * api.COMPILE_SECONDS
+    assert time.monotonic() - begun < 5 * py_api.COMPILE_SECONDS
     assert said(served.post(**asked(2, SMALL)))[1] == "stop"
 
 
@@ -1125,7 +1125,7 @@ def test_a_grammar_that_is_compiled_too_long_is_given_up(
         return make(*args, **options)
 
     monkeypatch.setattr(llguidance, "LLMatcher", slow)
-    monkeypatch.setattr(api, "COMPILE_SECONDS", 0.3)
+    monkeypatch.setattr(py_api, "COMPILE_SECONDS", 0.3)
     statuses = []
     try:
         for _ in range(3):
@@ -1135,7 +1135,7 @@ def test_a_grammar_that_is_compiled_too_long_is_given_up(
         go_on.set()
     # A thread cannot be ended, and no others take its place.
     assert statuses == [400, 400, 503, 200]
-    monkeypatch.setattr(api, "COMPILE_SECONDS", DEADLINE)
+    monkeypatch.setattr(py_api, "COMPILE_SECONDS", DEADLINE)
     assert said(served.post(**asked(2, SMALL)))[1] == "stop"
     assert said(served.post(**asked(2, SMALL)))[1] == "stop"
 
@@ -1153,14 +1153,14 @@ def test_who_waits_for_a_slow_one_has_his_own_time(
         return make(*args, **options)
 
     monkeypatch.setattr(llguidance, "LLMatcher", slow)
-    monkeypatch.setattr(served.engine, "compiler_turns", asyncio.Semaphore(1))
+    monkeypatch.setattr(served.engine.grammars, "turns", asyncio.Semaphore(1))
     first = served.submit(**asked(2, {"const": "slow"}))
     try:
         assert begun.wait(DEADLINE)
-        monkeypatch.setattr(api, "COMPILE_SECONDS", 0.3)
+        monkeypatch.setattr(py_api, "COMPILE_SECONDS", 0.3)
         refused = served.post(**asked(2, SMALL))
         assert refused.status_code == 503 and refused.headers["Retry-After"]
-        monkeypatch.setattr(api, "COMPILE_SECONDS", DEADLINE)
+        monkeypatch.setattr(py_api, "COMPILE_SECONDS", DEADLINE)
         waiting = served.submit(**asked(2, SMALL))
         served.wait_pending(2)
     finally:

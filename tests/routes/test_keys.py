@@ -104,7 +104,7 @@ def test_keys_are_compared_in_constant_time(locked, monkeypatch):
         compared.append(key)
         return compare(given, key)
 
-    monkeypatch.setattr(api.secrets, "compare_digest", spy)
+    monkeypatch.setattr(secrets, "compare_digest", spy)
     for key in ("first-key", "second-key", "neither"):
         ask(locked, "GET", "/v1/models", f"Bearer {key}")
     assert compared == [b"first-key", b"second-key"] * 3
