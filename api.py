@@ -1576,7 +1576,8 @@ def linear(
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, *scales: Tensor | None) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=torch.bfloat16)
+    # Not len(x), which would be a constant of the compiled layer.
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
 class Linear(nn.Linear):

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""The matrices of few rows: what the kernel computes, in Triton's interpreter, that it
+compiles, and which matrices are its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import api
+
+E4M3 = torch.float8_e4m3fn
+
+
+def matrices(rows: int, kind: torch.dtype, columns: int = 192) -> list[Tensor | None]:
+    """x, weight and their scales, with in_features of 512."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 512, generator=generator).to(kind)
+    weight = torch.randn(columns, 512, generator=generator).to(kind)
+    if kind != E4M3:
+        return [x, weight, None, None]
+    scales = (torch.rand(n, 1, generator=generator) + 0.5 for n in (rows, columns))
+    return [x, weight, *scales]
+
+
+def product(
+    x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None
+) -> Tensor:
+    exact = x.double() @ weight.double().t()
+    return exact if x_scale is None else exact * x_scale * weight_scale.t()
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+# The interpreter cannot multiply bfloat16.
+@pytest.mark.parametrize("kind", [torch.float32, E4M3])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64])
+def test_the_kernel_multiplies(card: None, rows: int, kind: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    given = matrices(rows, kind)
+    found = api.multiply(*given)
+    assert found.shape == (rows, 192) and found.dtype == torch.bfloat16
+    assert error(found, product(*given)) < 0.004
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, E4M3])
+def test_many_rows_are_the_librarys(kind: torch.dtype) -> None:
+    given = matrices(80, kind)
+    found = api.linear(*given)
+    assert found.dtype == torch.bfloat16
+    assert error(found, product(*given)) < 0.004
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "compiles", "ours"),
+    [
+        (64, 5120, 17920, True, True),
+        (1, 64, 256, True, True),
+        (65, 5120, 17920, True, False),  # many
+        (8, 5152, 5120, True, False),  # no multiple of COLUMNS
+        (8, 5120, 576, True, False),  # no multiple of DEPTH_BYTES
+        (8, 5120, 5120, False, False),  # no Triton
+    ],
+)
+def test_which_matrices_are_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    columns: int,
+    depth: int,
+    compiles: bool,
+    ours: bool,
+) -> None:
+    """The kernel reads whole blocks of columns and of depth, and checks nothing."""
+    called: list[str] = []
+    monkeypatch.setattr(api.FlashRunner, "compiles", compiles)
+    monkeypatch.setattr(api, "multiply", lambda *given: called.append("ours"))
+    plain = SimpleNamespace(linear=lambda *given: called.append("the library's"))
+    monkeypatch.setattr(api.nn, "functional", plain)
+    x: Any = SimpleNamespace(is_cuda=True, shape=(rows, depth))
+    kind = type("Matrix", (), {"__len__": lambda self: self.shape[0]})
+    x, weight = kind(), kind()
+    x.is_cuda, x.shape, weight.shape = True, (rows, depth), (columns, depth)
+    api.linear._init_fn(x, weight, None, None)
+    assert called == ["ours" if ours else "the library's"]
+
+
+def test_a_compiled_layer_keeps_its_linear_whole() -> None:
+    """No break of the graph, and no other result."""
+    plain = nn.Linear(256, 64, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(1, 5, 256, dtype=torch.bfloat16)
+    expected = plain(x)
+    plain.__class__ = api.Linear
+    with torch.no_grad():
+        found = torch.compile(plain, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(found, expected)
+
+
+COMPILE = """
+import sys
+from types import SimpleNamespace
+import api, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+capability, room = map(int, sys.argv[1:])
+kernel, launches = api.multiply_few_rows, []
+
+
+class Launcher:
+    def __getitem__(self, grid):
+        return lambda *given, **options: launches.append(options)
+
+
+api.multiply_few_rows = Launcher()
+properties = SimpleNamespace(shared_memory_per_block_optin=room)
+torch.cuda.get_device_properties = lambda device: properties
+for kind, dtype in (("*bf16", torch.bfloat16), ("*fp8e4nv", torch.float8_e4m3fn)):
+    if dtype.itemsize == 1 and capability < 89:
+        continue
+    for rows in (1, 32, 64):
+        x, scale = torch.empty(rows, 256).to(dtype), torch.ones(1, 1)
+        scales = [scale, scale] if dtype.itemsize == 1 else [None, None]
+        api.multiply(x, torch.empty(64, 256).to(dtype), *scales)
+        sizes = launches[-1]
+        stages = sizes.pop("num_stages")
+        types = dict(x=kind, weight=kind, out="*bf16")
+        types |= dict.fromkeys(("num_rows", "in_features", "out_features"), "i32")
+        types |= dict.fromkeys(sizes, "constexpr")
+        if dtype.itemsize == 1:
+            types |= dict(x_scale="*fp32", weight_scale="*fp32")
+        else:
+            types |= dict(x_scale="constexpr", weight_scale="constexpr")
+            sizes |= dict(x_scale=None, weight_scale=None)
+        types = {name: types[name] for name in kernel.arg_names}
+        at = kernel.arg_names.index
+        constants = {(at(name),): value for name, value in sizes.items()}
+        aligned = ("x", "weight", "out", "in_features", "out_features")
+        attributes = {(at(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = ASTSource(kernel, types, constants, attributes)
+        options = {"num_warps": 4, "num_stages": stages}
+        target = GPUTarget("cuda", capability, 32)
+        made = compile(source, target=target, options=options)
+        print(made.metadata.shared, stages)
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib", "stages"),
+    [(80, 163, 5), (86, 99, 3), (89, 99, 3), (90, 227, 6)],
+)
+def test_it_compiles_for_cards_of_phi4(capability: int, kib: int, stages: int) -> None:
+    """With as many stages as a block of threads has shared memory for."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PYTHONPATH": str(Path(api.__file__).parent)}
+    del environment["TRITON_INTERPRET"]
+    command = [sys.executable, "-c", COMPILE, str(capability), str(kib * 1024)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    made = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(made) == (3 if capability < 89 else 6)
+    assert max(shared for shared, _ in made) <= kib * 1024
+    assert min(count for _, count in made) == stages
