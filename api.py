@@ -98,30 +98,7 @@ except ImportError:  # torch for CPUs has none
 import model_download
 import py_api
 from model_download import RANK, WORLD_SIZE, Settings, listen, read_settings, words
-from py_api import (
-    ERRORS,
-    OPENAI_ERRORS,
-    SSE,
-    TEXT,
-    UVICORN_OPTIONS,
-    Answer,
-    ChatCompletion,
-    ChatRequest,
-    ChatResponse,
-    ClientError,
-    GrammarCompiler,
-    Health,
-    ModelCard,
-    ModelList,
-    OpenAIRequest,
-    Sampling,
-    SecuredRoute,
-    Turn,
-    error_response,
-    schema_error,
-    sse,
-    unavailable,
-)
+from py_api import ChatRequest, ClientError, OpenAIRequest, Sampling, Turn, unavailable
 
 logger = logging.getLogger("phi4")
 # Exit codes for a supervisor; 0 is a clean end.
@@ -136,7 +113,7 @@ AnyChatRequest = ChatRequest | OpenAIRequest
 # ------------------------------------------------------------------------------
 
 
-class Generation(Answer):
+class Generation(py_api.Answer):
     """One request from its admission to its last token: the engine feeds tokens in, and
     every route formats the text that comes out."""
 
@@ -244,7 +221,7 @@ class Engine:
         ends = model_download.end_token_ids(model, tokenizer)
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
         ll_tokenizer = model_download.grammar_tokenizer(model, tokenizer, ends)
-        self.grammars = GrammarCompiler(ll_tokenizer)
+        self.grammars = py_api.GrammarCompiler(ll_tokenizer)
         manager = create_manager(model, ends, settings)
         gc.disable()  # nothing else may touch the GPU while a graph is captured
         manager.warmup()
@@ -406,7 +383,7 @@ class Engine:
                 continue
             if why := generation.sampling.error:
                 param = generation.sampling.body.main_schema()
-                self.release(generation, schema_error(param, why))
+                self.release(generation, py_api.schema_error(param, why))
                 continue
             generation.last_token = now
             generation.first_token = generation.first_token or now
@@ -455,7 +432,7 @@ class Engine:
 # Who may reach a route follows from the router it is declared on, method by method.
 # HTTPBearer only puts the key into the schema.
 bearer = Depends(HTTPBearer(auto_error=False))
-secured = APIRouter(route_class=SecuredRoute, dependencies=[bearer])
+secured = APIRouter(route_class=py_api.SecuredRoute, dependencies=[bearer])
 public = APIRouter()
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -511,8 +488,8 @@ async def stream_events(
             if not finished:
                 await generation.wait()
     except HTTPException as error:
-        response = await error_response(request, error)
-        yield sse(response.body, b"error")
+        response = await py_api.error_response(request, error)
+        yield py_api.sse(response.body, b"error")
 
 
 def ping(engine: Engine, generation: Generation) -> None:
@@ -524,44 +501,55 @@ def ping(engine: Engine, generation: Generation) -> None:
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
 
 
-@secured.post("/", tags=["Chat"], response_model=ChatResponse, responses=SSE | ERRORS)
+@secured.post(
+    "/",
+    tags=["Chat"],
+    response_model=py_api.ChatResponse,
+    responses=py_api.SSE | py_api.ERRORS,
+)
 async def ask_the_model(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
     `{"delta": "..."}` for each piece of text, then the whole answer."""
     return await reply(request, body)
 
 
-@secured.post("/v1/chat/completions", response_model=ChatCompletion, **py_api.OPENAI)
+@secured.post(
+    "/v1/chat/completions", response_model=py_api.ChatCompletion, **py_api.OPENAI
+)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
 
 
-@secured.get("/v1/models", tags=["OpenAI API"], responses=OPENAI_ERRORS)
-async def list_models(request: Request) -> ModelList:
+@secured.get("/v1/models", tags=["OpenAI API"], responses=py_api.OPENAI_ERRORS)
+async def list_models(request: Request) -> py_api.ModelList:
     """The one model that is served."""
-    return ModelList(data=[await get_model(request, request.app.state.engine.name)])
+    return py_api.ModelList(
+        data=[await get_model(request, request.app.state.engine.name)]
+    )
 
 
-@secured.get("/v1/models/{name:path}", tags=["OpenAI API"], responses=OPENAI_ERRORS)
-async def get_model(request: Request, name: str) -> ModelCard:
+@secured.get(
+    "/v1/models/{name:path}", tags=["OpenAI API"], responses=py_api.OPENAI_ERRORS
+)
+async def get_model(request: Request, name: str) -> py_api.ModelCard:
     """That model, with its context: the tokens of a prompt and its answer together."""
     engine: Engine = request.app.state.engine
     if name != engine.name:
         why = f"the model that is served here is {engine.name}"
         raise ClientError(why, "model", "model_not_found", 404)
     fields = {"id": name, "created": engine.created}
-    return ModelCard(max_model_len=engine.max_model_len, **fields)
+    return py_api.ModelCard(max_model_len=engine.max_model_len, **fields)
 
 
 @public.head("/health", include_in_schema=False)  # as some load balancers ask
-@public.get("/health", tags=["Server"], responses={503: {"model": Health}})
-async def check_health(request: Request, response: Response) -> Health:
+@public.get("/health", tags=["Server"], responses={503: {"model": py_api.Health}})
+async def check_health(request: Request, response: Response) -> py_api.Health:
     """200 when requests are answered; 503 while loading, down or leaving."""
     engine: Engine = request.app.state.engine
     note = " (demo model, not phi-4)" if engine.settings.demo else ""
     device = str(engine.device or engine.settings.device)
-    found = Health(status=engine.status, model=engine.name + note, device=device)
+    found = py_api.Health(status=engine.status, model=engine.name + note, device=device)
     response.status_code = 200 if found.status == "ok" else 503
     return found
 
@@ -576,7 +564,9 @@ WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a plac
 CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
 
 
-@secured.get("/metrics", tags=["Server"], response_class=Response, responses=TEXT)
+@secured.get(
+    "/metrics", tags=["Server"], response_class=Response, responses=py_api.TEXT
+)
 async def read_metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
@@ -621,7 +611,7 @@ class RequestMiddleware:
             if not isinstance(error, HTTPException | h11.LocalProtocolError):
                 logger.exception("%s failed", request_id)
             if not status:  # otherwise it is too late for another response
-                response = await error_response(request, error)
+                response = await py_api.error_response(request, error)
                 await response(scope, receive, labelled_send)
         finally:
             end_request(request, request_id, status or 500, started)
@@ -669,7 +659,7 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
         lifespan=engine.lifespan,
         redoc_url=None,
         redirect_slashes=False,  # it would lead to whatever Host says
-        exception_handlers=dict.fromkeys(handled, error_response),
+        exception_handlers=dict.fromkeys(handled, py_api.error_response),
     )
     app.state.engine = engine
     app.include_router(secured)
@@ -1789,7 +1779,7 @@ def main() -> int:
         logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     logger.info("listening on http://%s:%d", host, settings.port)
-    config = uvicorn.Config(app, root_path=settings.root_path, **UVICORN_OPTIONS)
+    config = uvicorn.Config(app, root_path=settings.root_path, **py_api.UVICORN_OPTIONS)
     Server(config).run([listener])
     return 0
 
