@@ -1575,6 +1575,26 @@ class Linear(nn.Linear):
         return linear(x[0], self.weight, None, None)[None]
 
 
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, features) in float8, and the scales of the rows, (rows, 1)."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448  # its largest
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+class Float8Linear(nn.Linear):
+    """Of --quantize fp8. What comes in is rounded, too."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        kind = torch.float8_e4m3fn
+        super().__init__(in_features, out_features, bias=False, dtype=kind)
+        self.weight_scale = nn.Parameter(torch.ones(out_features, 1))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded, scale = round_rows(x[0])
+        return linear(rounded, self.weight, scale, self.weight_scale)[None]
+
+
 class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     """Buffers of a step. They come in pairs: what is prepared on the host is copied to
     the device, where the library rounds the lengths up."""

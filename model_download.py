@@ -427,17 +427,77 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 # without WORLD_SIZE is ignored.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0")) % WORLD_SIZE
-# How api.py --quantize stores the weights of linear layers, with bitsandbytes: what
+# How api.py --quantize stores the weights of the layers with bitsandbytes: what
 # `from_pretrained` takes.
 INT8 = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
 INT4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT4["bnb_4bit_compute_dtype"] = "bfloat16"
-QUANTIZATION: dict[str, dict[str, Any]] = {
-    "none": {},
-    "int8": {"quantization_config": INT8},
-    "int4": {"quantization_config": INT4},
-}
-QUANTIZED_SIZE = {"none": 1.0, "int8": 0.55, "int4": 0.35}  # of that in bfloat16
+# Of the weights' size in bfloat16; the embedding and the output layer stay as they are.
+QUANTIZED_SIZE = {"none": 1.0, "fp8": 0.54, "int8": 0.55, "int4": 0.35}
+FLOAT8 = "float8_rows"  # the name under which transformers knows float8_quantizer's
+
+
+def quantization(settings: Any, linear: type, round_rows: Any) -> dict[str, Any]:
+    """What `from_pretrained` takes to round the weights as settings say, or to load what
+    a folder has in float8. The others are of `float8_quantizer`."""
+    if settings.quantize in ("int8", "int4"):
+        return {"quantization_config": INT8 if settings.quantize == "int8" else INT4}
+    if settings.quantize == "fp8":
+        return {"quantization_config": float8_quantizer(linear, round_rows)}
+    if settings.demo or quantization_method(settings.model) != FLOAT8:
+        return {}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model)
+    config.quantization_config = float8_quantizer(linear, round_rows).to_dict()
+    return {"config": config}
+
+
+def float8_quantizer(linear: type, round_rows: Any) -> Any:
+    """Have transformers put `linear(in_features, out_features)` in the place of the
+    linear layers, but the last, and round each weight by `round_rows` when it has come to
+    the device. Returns the configuration to ask for it."""
+    import torch
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers import HfQuantizer, auto
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class RoundRows(ConversionOps):
+        def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
+            ((name, (weight,)),) = input_dict.items()
+            rounded, scale = round_rows(weight)
+            return {name: rounded, f"{name}_scale": scale}
+
+    class Quantizer(HfQuantizer):
+        is_serializable = is_trainable = False
+        quantized_element_size = 1
+
+        def _process_model_before_weight_loading(
+            self, model: Any, **options: Any
+        ) -> None:
+            for name, module in list(model.model.named_modules()):
+                if type(module) is torch.nn.Linear:
+                    with torch.device("meta"):
+                        new = linear(module.in_features, module.out_features)
+                    model.model.set_submodule(name, new)
+
+        def param_needs_quantization(
+            self, model: Any, name: str, **options: Any
+        ) -> bool:
+            module, _, kind = name.rpartition(".")
+            is_ours = isinstance(model.get_submodule(module), linear)
+            return is_ours and kind == "weight" and not self.pre_quantized
+
+        def get_quantize_ops(self) -> ConversionOps:
+            return RoundRows()
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, quant_method: str = FLOAT8) -> None:
+            self.quant_method = quant_method
+
+    auto.AUTO_QUANTIZER_MAPPING[FLOAT8] = Quantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[FLOAT8] = Config
+    return Config()
 
 
 def preflight(settings: Any) -> "torch.device":
@@ -454,7 +514,7 @@ def preflight(settings: Any) -> "torch.device":
     if settings.quantize != "none":
         if method:
             raise ValueError(f"--quantize: {settings.model} is quantized already")
-        method = "bitsandbytes"
+        method = FLOAT8 if settings.quantize == "fp8" else "bitsandbytes"
     if method and WORLD_SIZE > 1:
         raise ValueError("quantized weights work on one GPU, not under torchrun")
     if method == "bitsandbytes" and importlib.util.find_spec(method) is None:
@@ -463,7 +523,7 @@ def preflight(settings: Any) -> "torch.device":
         on_cpu = settings.demo and not torch.cuda.is_available()
         device = "cpu" if on_cpu else f"cuda:{RANK}"
     if device != "cpu":
-        _check_gpu(device, settings)
+        _check_gpu(device, settings, method)
     return torch.device(device)
 
 
@@ -475,20 +535,45 @@ def quantization_method(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_bytes())
         quantized = config.get("quantization_config") or {}
+        if _is_float8(quantized):
+            return FLOAT8
         # Folders of early versions of bitsandbytes do not name the method.
         return quantized.get("quant_method", "bitsandbytes" if quantized else None)
     except AttributeError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
-def _check_gpu(device: str, settings: Any) -> None:
+def _is_float8(quantized: dict[str, Any]) -> bool:
+    """Whether a folder is as llm-compressor's FP8_DYNAMIC makes it: all layers but the
+    last in float8, with a scale for each row and, when it runs, for each token."""
+    rows = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
+    tokens = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    (group, *others) = (quantized.get("config_groups") or {}).values() or [None]
+    return (
+        quantized.get("quant_method") == "compressed-tensors"
+        and quantized.get("format") == "float-quantized"
+        and quantized.get("ignore") == ["lm_head"]
+        and not others
+        and group["targets"] == ["Linear"]
+        and rows.items() <= group["weights"].items()
+        and tokens.items() <= group["input_activations"].items()
+    )
+
+
+def _check_gpu(device: str, settings: Any, method: str | None) -> None:
     """Raise ValueError if the GPU does not work, or cannot hold the model."""
     import torch
 
     try:
         name = torch.cuda.get_device_name(device)
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
             raise ValueError(f"{name} has no bfloat16 (compute capability 8.0)")
+        if method == FLOAT8 and capability < (8, 9):
+            instead = "--quantize int8 works, from the weights in bfloat16"
+            raise ValueError(
+                f"{name} has no float8 (compute capability 8.9); {instead}"
+            )
         # A driver or a card that does not fit this torch may show here for the first time.
         torch.ones(2, dtype=torch.bfloat16, device=device).sum().item()
     except (AssertionError, RuntimeError) as error:
@@ -727,8 +812,8 @@ class Settings(BaseSettings):
     """auto, cpu, cuda or cuda:N. auto is the GPU; the demo also takes the CPU."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the weights. auto: bfloat16 on a GPU, the faster on a CPU."""
-    quantize: Literal["none", "int8", "int4"] = "none"
-    """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
+    quantize: Literal["none", "fp8", "int8", "int4"] = "none"
+    """Fewer bits for the weights: for cards under 32 GB, and faster."""
     max_new_tokens: int = Field(512, ge=1)
     """Default max_new_tokens of POST /; on /v1 it is what the context has left."""
     temperature: float = Field(0, ge=0, le=2)
