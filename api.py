@@ -216,7 +216,7 @@ class Engine:
             attn_implementation=attention,
             device_map=device if WORLD_SIZE == 1 else None,
             distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
-            **model_download.QUANTIZATION[settings.quantize],
+            **model_download.quantization(settings, Float8Linear, round_rows),
         )
         ends = model_download.end_token_ids(model, tokenizer)
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
