@@ -37,7 +37,7 @@ both_hubs = pytest.mark.parametrize("source", ["modelscope", "huggingface"])
 
 def safetensors(length: int) -> bytes:
     """A safetensors file of one tensor that is `length` bytes long."""
-    tensor = {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}
+    tensor = {"dtype": "BF16", "shape": [length // 2], "data_offsets": [0, length]}
     header = json.dumps({"__metadata__": {}, "weight": tensor}).encode()
     return len(header).to_bytes(8, "little") + header + bytes(length)
 
