@@ -479,8 +479,9 @@ QUANTIZATION: dict[str, dict[str, Any]] = {
     "int8": {"quantization_config": INT8},
     "int4": {"quantization_config": INT4},
 }
-# Formats of weights that others have quantized, those of transformers' that need no
-# further package, and no kernel from a hub. FP8 in blocks becomes bfloat16 when loaded.
+INSTALL_BITSANDBYTES = "pip install bitsandbytes==0.50.2"
+# Formats of weights that others have quantized: transformers reads these without further
+# packages, and without a kernel from a hub. FP8 in blocks becomes the dtype at loading.
 SERVED_FORMATS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "fp8")
 QUANTIZED_SIZE = {"none": 1.0, "int8": 0.55, "int4": 0.35}  # of that in bfloat16
 
@@ -505,7 +506,7 @@ def preflight(settings: Any) -> "torch.device":
     if method and WORLD_SIZE > 1:
         raise ValueError("quantized weights work on one GPU, not under torchrun")
     if method == "bitsandbytes" and importlib.util.find_spec(method) is None:
-        raise ValueError("quantized weights need: pip install bitsandbytes==0.50.2")
+        raise ValueError(f"quantized weights need: {INSTALL_BITSANDBYTES}")
     if device == "auto":
         on_cpu = settings.demo and not torch.cuda.is_available()
         device = "cpu" if on_cpu else f"cuda:{RANK}"
@@ -1042,9 +1043,9 @@ def main() -> int:
         command += f" --model {shlex.quote(str(folder))}"
     elif args.demo:
         command += " --demo"
-    quantized = args.repo and quantization_method(folder) == "bitsandbytes"
-    if quantized and importlib.util.find_spec("bitsandbytes") is None:
-        command = f"pip install bitsandbytes==0.50.2\n    {command}"
+    needed = args.repo and "bitsandbytes" in (named_format(folder) or "")
+    if needed and importlib.util.find_spec("bitsandbytes") is None:
+        command = f"{INSTALL_BITSANDBYTES}\n    {command}"
     # The blank lines keep clear of bars that Hugging Face's client leaves open.
     print(f"\n\n{folder} is complete. Start the server with:\n\n    {command}")
     return 0
