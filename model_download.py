@@ -67,7 +67,7 @@ NEEDED = (
 # No folder, no pattern, and no two names of one file on a disk that ignores case.
 PLAIN_NAME = re.compile(r"[a-z0-9_.-]{1,100}")
 # A repository on a hub, owner and name. Each becomes a folder: none is hidden or goes up.
-REPO = re.compile(r"(?!.*(\.\.|[./]$))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+REPO = re.compile(r"(?!.*\.(\.|/|$))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 MAX_JSON = 100_000_000  # bytes that are read at once, such as a safetensors header
 DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
 

@@ -719,6 +719,14 @@ def test_format_that_is_not_served_is_known_before_the_weights_are_fetched(
 
 
 @both_hubs
+def test_damaged_config_of_a_repo(
+    source: str, other: Hub, failure: Callable[..., str]
+) -> None:
+    other.files["config.json"] = b"<html>log in</html>"
+    assert "config.json (damaged)" in failure("--source", source, "--repo", OTHER)
+
+
+@both_hubs
 def test_format_without_a_name_is_not_called_complete(
     source: str, other: Hub, failure: Callable[..., str]
 ) -> None:
@@ -742,6 +750,7 @@ def test_format_without_a_name_is_not_called_complete(
         ".hidden/phi-4",
         "unsloth/phi..4",
         "unsloth/phi-4.",
+        "unsloth./phi-4",
         "unsloth\\phi-4",
         "/etc/phi-4",
         "C:/phi-4",
