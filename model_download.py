@@ -64,6 +64,7 @@ NEEDED = (
     "model-?????-of-?????.safetensors",
     "model.safetensors.index.json",
 )
+ALWAYS_NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # No folder, no pattern, and no two names of one file on a disk that ignores case.
 PLAIN_NAME = re.compile(r"[a-z0-9_.-]{1,100}")
 # A repository on a hub, owner and name. Each becomes a folder: none is hidden or goes up.
@@ -111,9 +112,7 @@ def missing_files(folder: Path) -> list[str]:
     An empty list means complete.
     """
     problems = [
-        problem
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
-        if (problem := _json_problem(folder / name))
+        problem for name in ALWAYS_NEEDED if (problem := _json_problem(folder / name))
     ]
     index = folder / "model.safetensors.index.json"
     shards = {path.name for path in folder.glob("*.safetensors")}
@@ -288,7 +287,7 @@ def _needed(listing: Iterable[tuple[Any, Any, Any]]) -> dict[str, Listed]:
 
     Raises:
         DownloadError: the hub lists a needed file so that it could not be checked, or
-            no weights that api.py could serve.
+            less than api.py needs.
     """
     files: dict[str, Listed] = {}
     endings = set()
@@ -308,12 +307,14 @@ def _needed(listing: Iterable[tuple[Any, Any, Any]]) -> dict[str, Listed]:
         parts = "model-*", "model.safetensors.index.json"
         for name in [name for name in files if any(fnmatch(name, p) for p in parts)]:
             del files[name]
-    if "config.json" not in files or not any(n.endswith(".safetensors") for n in files):
+    lacking = [name for name in ALWAYS_NEEDED if name not in files]
+    if not any(name.endswith(".safetensors") for name in files):
+        lacking.append("model.safetensors or its numbered parts")
+    if lacking:
         others = endings & {".gguf", ".bin", ".pt", ".pth", ".onnx", ".safetensors"}
-        has = f"it has {', '.join(sorted(others))}" if others else "it has no weights"
         raise DownloadError(
-            "api.py serves config.json with model.safetensors or its numbered parts, "
-            f"which that repository lacks ({has}): name another with --repo"
+            f"that repository lacks {', '.join(lacking)}, which api.py needs; of "
+            f"weights it has {', '.join(sorted(others)) or 'none'}: name another with --repo"
         )
     return files
 
@@ -592,7 +593,7 @@ def check_format(folder: Path, on_gpu: bool) -> None:
     if found == "fp8" and (on_gpu or torch.cuda.is_available()):
         raise ValueError(
             f"{folder} holds weights in fp8 with a scale for each block, which are "
-            "served only on machines without a GPU"
+            "served with --device cpu only, on machines without a GPU"
         )
     config = folder / "config.json"
     quantized = json.loads(config.read_bytes()).get("quantization_config") or {}

@@ -468,10 +468,14 @@ def test_fp8_in_blocks_is_served_without_a_gpu(tiny_folder, tmp_path, monkeypatc
         loaded = served.model.get_parameter(name)
         torch.testing.assert_close(loaded, weights[name], rtol=0.07, atol=0.01)
         assert len(served.answer("x", max_new_tokens=8)) > 0
-    with pytest.raises(ValueError, match="only on machines without a GPU"):
+    with pytest.raises(
+        ValueError, match="--device cpu only, on machines without a GPU"
+    ):
         model_download.check_format(tmp_path, on_gpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="only on machines without a GPU"):
+    with pytest.raises(
+        ValueError, match="--device cpu only, on machines without a GPU"
+    ):
         model_download.check_format(tmp_path, on_gpu=False)
 
 

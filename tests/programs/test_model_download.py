@@ -582,6 +582,7 @@ def test_no_hub_beside_a_half_finished_folder(
 # ------------------------------------------------------------------------------
 
 OTHER = "unsloth/phi-4-bnb-4bit"
+JSON = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
@@ -687,12 +688,19 @@ def test_weights_in_one_file_are_not_fetched_in_parts_too(
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["config.json", "phi-4-Q4_K_M.gguf"], "it has .gguf"),
-        (["phi-4-Q4_K_M.gguf", "params"], "it has .gguf"),
-        (["config.json", "pytorch_model.bin", "model.onnx"], "it has .bin, .onnx"),
-        (["config.json", "adapter_model.safetensors"], "it has .safetensors"),
-        (["model.safetensors", "README.md"], "it has .safetensors"),
-        (["README.md"], "it has no weights"),
+        (
+            [*JSON, "phi-4-Q4_K_M.gguf"],
+            "lacks model.safetensors or its numbered parts, ",
+        ),
+        (["phi-4-Q4_K_M.gguf", "params"], "of weights it has .gguf: "),
+        ([*JSON, "pytorch_model.bin", "model.onnx"], "of weights it has .bin, .onnx: "),
+        ([*JSON, "adapter_model.safetensors"], "of weights it has .safetensors: "),
+        (["model.safetensors", *JSON[1:]], "lacks config.json, which"),
+        (
+            ["model.safetensors", JSON[0], JSON[2], "tokenizer.model"],
+            "lacks tokenizer.json, ",
+        ),
+        (["README.md"], "of weights it has none: "),
     ],
 )
 def test_repo_without_what_is_served(
@@ -700,7 +708,7 @@ def test_repo_without_what_is_served(
 ) -> None:
     other.files = dict.fromkeys(files, b"{}")
     line = failure("--source", source, "--repo", OTHER)
-    assert f"lacks ({says}): " in line and "--repo" in line and "run again" not in line
+    assert says in line and "--repo" in line and "run again" not in line
     assert other.fetched == []
 
 
