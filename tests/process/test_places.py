@@ -5,17 +5,20 @@ log that nobody reads; and how it ends when it cannot go on."""
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 import torch
 from net import DEADLINE, free_port
+from safetensors.torch import load_file, save_file
 from server import ROOT, is_ready, narrow, running, spawned, wait_until
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -392,34 +395,215 @@ def test_failures_with_answers_between_them_do_not(tiny_folder):
 # ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def quantized_folder(tiny_folder, tmp_path_factory):
-    """As people publish phi-4: bitsandbytes in 4 bits."""
-    folder = tmp_path_factory.mktemp("quantized") / "phi-4-bnb-4bit"
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_folder, quantization_config=config
-    )
-    model.save_pretrained(folder)
-    for file in tiny_folder.glob("*"):
+def copy_beside_weights(source: Path, folder: Path) -> None:
+    """Give a folder of weights the tokenizer and what else it lacks."""
+    folder.mkdir(exist_ok=True)
+    for file in source.glob("*"):
         if not (folder / file.name).exists() and "safetensors" not in file.name:
             (folder / file.name).write_bytes(file.read_bytes())
+
+
+def say_in_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def published(source: Path, folder: Path, **options: Any) -> Path:
+    """A folder as people publish phi-4, quantized with bitsandbytes."""
+    config = BitsAndBytesConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    model.save_pretrained(folder)
+    copy_beside_weights(source, folder)
     said = json.loads((folder / "config.json").read_text())
     assert said["quantization_config"]["quant_method"] == "bitsandbytes"
     return folder
 
 
-def test_a_folder_that_is_quantized_already_is_served(quantized_folder):
-    with running(model=quantized_folder, dtype="auto") as served:
+@pytest.fixture(scope="module")
+def quantized_folder(tiny_folder, tmp_path_factory):
+    return published(
+        tiny_folder,
+        tmp_path_factory.mktemp("quantized") / "phi-4-bnb-4bit",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+@pytest.fixture(scope="module")
+def eight_bit_folder(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "phi-4-bnb-8bit"
+    return published(tiny_folder, folder, load_in_8bit=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("quantized_folder", torch.uint8), ("eight_bit_folder", torch.int8)],
+)
+def test_a_folder_that_is_quantized_already_is_served(request, name, stored):
+    with running(model=request.getfixturevalue(name), dtype="auto") as served:
         layer = served.model.model.layers[0].mlp.down_proj.weight
-        assert layer.dtype == torch.uint8
+        assert layer.dtype == stored
         first = served.answer("x", max_new_tokens=8)
         assert served.answer("x", max_new_tokens=8) == first
+
+
+def test_fp8_in_blocks_is_served_without_a_gpu(tiny_folder, tmp_path, monkeypatch):
+    copy_beside_weights(tiny_folder, tmp_path)
+    blocks = {"activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    say_in_config(tmp_path, quantization_config={"quant_method": "fp8", **blocks})
+    weights = load_file(tiny_folder / "model.safetensors")
+    stored = dict(weights)
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        rows, columns = (size // 32 for size in weights[name].shape)
+        blocked = weights[name].reshape(rows, 32, columns, 32)
+        scales = blocked.abs().amax((1, 3), keepdim=True) / 448
+        eights = (blocked / scales).to(torch.float8_e4m3fn)
+        stored[name] = eights.reshape(weights[name].shape)
+        stored[f"{name}_scale_inv"] = scales[:, 0, :, 0].clone()
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with running(model=tmp_path) as served:
+        name = "model.layers.1.mlp.down_proj.weight"
+        loaded = served.model.get_parameter(name)
+        torch.testing.assert_close(loaded, weights[name], rtol=0.07, atol=0.01)
+        assert len(served.answer("x", max_new_tokens=8)) > 0
+    with pytest.raises(
+        ValueError, match="--device cpu only, on machines without a GPU"
+    ):
+        model_download.check_format(tmp_path, on_gpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(
+        ValueError, match="--device cpu only, on machines without a GPU"
+    ):
+        model_download.check_format(tmp_path, on_gpu=False)
+
+
+def test_eight_bits_on_a_gpu_without_a_search_for_outliers(eight_bit_folder, tmp_path):
+    folder = shutil.copytree(eight_bit_folder, tmp_path / "copy")
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]
+    model_download.check_format(folder, on_gpu=False)
+    with pytest.raises(
+        ValueError, match=r'config\.json needs "llm_int8_threshold": 0\.0'
+    ):
+        model_download.check_format(folder, on_gpu=True)
+    say_in_config(folder, quantization_config=said | {"llm_int8_threshold": 0.0})
+    model_download.check_format(folder, on_gpu=True)
+
+
+GROUP = {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Linear"]}
+NOT_SERVED = [
+    ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+    ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+    ({"quant_method": "torchao", "quant_type": {}}, "torchao"),
+    ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
+    ({"quant_method": "quark"}, "quark"),
+    ({"quant_method": "mxfp4"}, "mxfp4"),
+    ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt"),
+    ({"quant_method": "exl2", "bits": 4.25}, "exl2"),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": GROUP},
+        },
+        "compressed-tensors pack-quantized",
+    ),
+    ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
+    ({"quant_method": "a\n\x1b[2J"}, "a"),
+    ({"group_size": 64, "bits": 4}, "a format without a name"),
+]
+
+
+@pytest.mark.parametrize(("quantized", "named"), NOT_SERVED)
+def test_other_formats_are_refused_by_name(tiny_folder, tmp_path, quantized, named):
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    say_in_config(folder, quantization_config=quantized)
+    for quantize in "none", "int4":
+        settings = api.Settings(model=folder, device="cpu", quantize=quantize)
+        with pytest.raises(
+            ValueError, match=f"quantized as {named}.*bitsandbytes$"
+        ) as told:
+            model_download.preflight(settings)
+        assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize("said", [["awq"], "awq", 4])
+def test_a_format_that_is_none(tiny_folder, tmp_path, said):
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    say_in_config(folder, quantization_config=said)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        model_download.preflight(api.Settings(model=folder, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dtype"),
+    [
+        ("model.layers.0.mlp.down_proj.qweight", torch.int32),
+        ("model.layers.0.mlp.down_proj.weight", torch.float8_e4m3fn),
+        ("model.layers.0.mlp.down_proj.weight", torch.uint8),
+    ],
+)
+def test_a_format_that_config_json_does_not_name(tiny_folder, tmp_path, tensor, dtype):
+    """transformers would serve nonsense: scales that it ignores, or random weights."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.some_buffer"] = torch.ones(2, dtype=torch.int64)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = api.Settings(model=folder, device="cpu")
+    assert model_download.preflight(settings).type == "cpu"
+    weights[tensor] = torch.ones(2, 2).to(dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"without a name in config\.json"):
+        model_download.preflight(settings)
+
+
+def test_a_format_that_is_not_served_is_a_wrong_start(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    say_in_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    command = [sys.executable, "api.py", "--device", "cpu", "--model", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert done.returncode == api.EXIT_WRONG_START
+    assert "quantized as awq" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_phi3_that_was_made_a_llama_answers_the_same(phi4_folder, tmp_path):
+    """As people publish phi-4: its tokenizer has the class of GPT-2's, and would get
+    GPT-2's way to split a text."""
+    copy_beside_weights(phi4_folder, tmp_path)
+    said = json.loads((phi4_folder / "config.json").read_text())
+    heads, groups = said["num_attention_heads"], said["num_key_value_heads"]
+    dim = said["hidden_size"] // heads
+    shares = {
+        "qkv_proj": {
+            "q_proj": heads * dim,
+            "k_proj": groups * dim,
+            "v_proj": groups * dim,
+        },
+        "gate_up_proj": dict.fromkeys(
+            ("gate_proj", "up_proj"), said["intermediate_size"]
+        ),
+    }
+    weights = load_file(phi4_folder / "model.safetensors")
+    for name in list(weights):
+        for joint, parts in shares.items():
+            if joint in name:
+                split = weights.pop(name).split(list(parts.values()))
+                for part, weight in zip(parts, split, strict=True):
+                    weights[name.replace(joint, part)] = weight.clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    say_in_config(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"])
+    text = "Hello, I'M 12345678 years   old\n\n  def f(x):\n\treturn x\n你好，世界"
+    answers = []
+    for folder in phi4_folder, tmp_path:
+        with running(model=folder) as served:
+            asked = served.post(text, max_new_tokens=8)
+            answers.append((asked.headers["X-Prompt-Tokens"], asked.json()["response"]))
+    assert answers[0] == answers[1]
 
 
 def test_what_cannot_be_done_with_it_is_refused(quantized_folder, monkeypatch):

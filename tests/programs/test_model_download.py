@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pydantic
 import pytest
@@ -35,9 +36,10 @@ NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
 both_hubs = pytest.mark.parametrize("source", ["modelscope", "huggingface"])
 
 
-def safetensors(length: int) -> bytes:
+def safetensors(length: int, dtype: str = "BF16") -> bytes:
     """A safetensors file of one tensor that is `length` bytes long."""
-    tensor = {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}
+    shape = [length // {"BF16": 2, "U8": 1}[dtype]]
+    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, length]}
     header = json.dumps({"__metadata__": {}, "weight": tensor}).encode()
     return len(header).to_bytes(8, "little") + header + bytes(length)
 
@@ -575,8 +577,237 @@ def test_no_hub_beside_a_half_finished_folder(
     assert "refused" in line
 
 
+# ------------------------------------------------------------------------------
+# Other repositories
+# ------------------------------------------------------------------------------
+
+OTHER = "unsloth/phi-4-bnb-4bit"
+JSON = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def config_of(**quantized: object) -> bytes:
+    config = {"model_type": "phi3", "quantization_config": quantized}
+    return json.dumps(config).encode()
+
+
+@pytest.fixture
+def other(hub: Hub) -> Hub:
+    """A hub that has only the phi-4 of others, beside files that are not needed."""
+    hub.repos = (OTHER,)
+    hub.files["config.json"] = config_of(**FOUR_BITS)
+    unwanted = ["README.md", "pytorch_model.bin", "consolidated.safetensors", "m.gguf"]
+    unwanted += ["onnx/model.onnx", "model.pt", "modeling_phi3.py", "tokenizer.model"]
+    unwanted += ["original/model.safetensors", "model.fp16.safetensors"]
+    hub.files |= dict.fromkeys(unwanted, b"not needed")
+    return hub
+
+
+@both_hubs
+def test_repo_is_taken_instead(
+    source: str, other: Hub, ended: Callable[..., tuple], tmp_path: Path
+) -> None:
+    code, output, errors = ended("--source", source, "--repo", OTHER)
+    assert code == 0, errors
+    folder = tmp_path / "models" / OTHER
+    assert output.endswith(f"\n    python api.py --model models/{OTHER}\n")
+    assert {name for name, _ in other.fetched} == set(model_files())
+    assert len(other.fetched) == len(model_files())
+    for name, _ in other.fetched:
+        assert (folder / name).read_bytes() == other.files[name]
+    assert other.fetched[0][0] == "config.json"
+    assert f"\nchecking {SECOND} (0.0 GB)\n" in errors
+    assert not (tmp_path / FOLDER).exists()
+    settings = api.Settings(model=folder, device="cpu")
+    assert model_download.preflight(settings).type == "cpu"
+
+
+@both_hubs
+def test_repo_on_another_disk(
+    source: str, other: Hub, download: Callable[..., str], tmp_path: Path
+) -> None:
+    output = download("--source", source, "--repo", OTHER, "--dir", "data disk")
+    assert f"\n    python api.py --model 'data disk/{OTHER}'\n" in output
+    assert missing_files(tmp_path / "data disk" / OTHER) == []
+
+
+def test_phi4_itself_as_a_repo(download: Callable[..., str]) -> None:
+    assert download("--repo", "LLM-Research/phi-4").endswith("\n    python api.py\n")
+
+
+@both_hubs
+def test_repo_is_continued(
+    source: str, other: Hub, start: Callable[..., Any], download: Callable[..., str]
+) -> None:
+    other.stall[SECOND] = 11_000_000
+    with start("--source", source, "--repo", OTHER) as process:
+        while (SECOND, None) not in other.fetched or len(other.fetched) < 11:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    del other.stall[SECOND]
+    other.fetched.clear()
+    download("--source", source, "--repo", OTHER)
+    assert SECOND in {name for name, _ in other.fetched}
+    assert "config.json" not in {name for name, _ in other.fetched}
+
+
+@both_hubs
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", FIRST])
+def test_files_of_a_repo_are_checked(
+    source: str, name: str, other: Hub, failure: Callable[..., str], tmp_path: Path
+) -> None:
+    other.listed_content[name] = other.files[name][:-1] + b" "  # of the same size
+    assert name in failure("--source", source, "--repo", OTHER)
+    assert not (tmp_path / "models" / OTHER / name).exists()
+
+
+def test_space_for_a_repo_is_checked(other: Hub, failure: Callable[..., str]) -> None:
+    other.listed_sizes[FIRST] = 10**15
+    assert "not enough disk space" in failure("--repo", OTHER)
+    assert other.fetched == []
+
+
+@both_hubs
+def test_weights_in_one_file_are_not_fetched_in_parts_too(
+    source: str, other: Hub, download: Callable[..., str]
+) -> None:
+    """transformers takes the one file where a folder has both."""
+    other.files["model.safetensors"] = safetensors(1000)
+    download("--source", source, "--repo", OTHER)
+    fetched = {name for name, _ in other.fetched}
+    assert fetched == {"model.safetensors"} | model_files().keys() - {
+        FIRST,
+        SECOND,
+        INDEX,
+    }
+
+
+@both_hubs
 @pytest.mark.parametrize(
-    "options", [["--source", "nosuch"], ["--demo", "--source", "huggingface"], ["x"]]
+    ("files", "says"),
+    [
+        (
+            [*JSON, "phi-4-Q4_K_M.gguf"],
+            "lacks model.safetensors or its numbered parts, ",
+        ),
+        (["phi-4-Q4_K_M.gguf", "params"], "of weights it has .gguf: "),
+        ([*JSON, "pytorch_model.bin", "model.onnx"], "of weights it has .bin, .onnx: "),
+        ([*JSON, "adapter_model.safetensors"], "of weights it has .safetensors: "),
+        (["model.safetensors", *JSON[1:]], "lacks config.json, which"),
+        (
+            ["model.safetensors", JSON[0], JSON[2], "tokenizer.model"],
+            "lacks tokenizer.json, ",
+        ),
+        (["README.md"], "of weights it has none: "),
+    ],
+)
+def test_repo_without_what_is_served(
+    source: str, files: list[str], says: str, other: Hub, failure: Callable[..., str]
+) -> None:
+    other.files = dict.fromkeys(files, b"{}")
+    line = failure("--source", source, "--repo", OTHER)
+    assert says in line and "--repo" in line and "run again" not in line
+    assert other.fetched == []
+
+
+@both_hubs
+def test_format_that_is_not_served_is_known_before_the_weights_are_fetched(
+    source: str, other: Hub, failure: Callable[..., str]
+) -> None:
+    other.files["config.json"] = config_of(quant_method="awq", bits=4)
+    line = failure("--source", source, "--repo", OTHER)
+    assert "quantized as awq, which cannot be served" in line
+    assert "run again" not in line
+    assert [name for name, _ in other.fetched] == ["config.json"]
+    line = failure("--source", source, "--repo", OTHER)
+    assert "quantized as awq" in line
+    assert [name for name, _ in other.fetched] == ["config.json"]
+
+
+@both_hubs
+def test_damaged_config_of_a_repo(
+    source: str, other: Hub, failure: Callable[..., str]
+) -> None:
+    other.files["config.json"] = b"<html>log in</html>"
+    assert "config.json (damaged)" in failure("--source", source, "--repo", OTHER)
+
+
+@both_hubs
+def test_format_without_a_name_is_not_called_complete(
+    source: str, other: Hub, failure: Callable[..., str]
+) -> None:
+    other.files["config.json"] = b'{"model_type": "phi3"}'
+    other.files[FIRST] = safetensors(1000, "U8")
+    line = failure("--source", source, "--repo", OTHER)
+    assert "quantized as U8" in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "phi-4",
+        "/phi-4",
+        "unsloth/",
+        "unsloth/phi-4/main",
+        "../phi-4",
+        "unsloth/..",
+        "unsloth/.hidden",
+        ".hidden/phi-4",
+        "unsloth/phi..4",
+        "unsloth/phi-4.",
+        "unsloth./phi-4",
+        "unsloth\\phi-4",
+        "/etc/phi-4",
+        "C:/phi-4",
+        "-x/phi-4",
+        "unsloth/phi 4",
+        "unsloth/phi-4\n",
+        "unsl\u00f6th/phi-4",
+        "https://www.modelscope.cn/models/unsloth/phi-4",
+        f"unsloth/{'x' * 97}",
+        "un\x1b[2Jsloth/phi-4",
+    ],
+)
+def test_repo_that_is_none(
+    name: str, hub: Hub, ended: Callable[..., tuple], tmp_path: Path
+) -> None:
+    code, output, errors = ended(f"--repo={name}")
+    assert (code, output) == (2, "")
+    assert "argument --repo: " in errors and "such as unsloth/phi-4-bnb-4bit" in errors
+    assert "\x1b" not in errors
+    assert hub.asked == []
+    assert not (tmp_path / "models").exists()
+
+
+def test_missing_package_is_named_before_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / OTHER / "config.json"
+    config.parent.mkdir(parents=True)
+    monkeypatch.setattr(model_download, "download", lambda *_: config.parent)
+    monkeypatch.setattr(model_download.importlib.util, "find_spec", lambda name: None)
+    arguments = ["model_download.py", "--dir", str(tmp_path), "--repo", OTHER]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command = f"    python api.py --model {config.parent}\n"
+    for quantized, before in ((FOUR_BITS, True), ({}, False)):
+        config.write_bytes(config_of(**quantized))
+        assert model_download.main() == 0
+        output = capsys.readouterr().out
+        assert output.endswith(command)
+        assert ("    pip install bitsandbytes==0.50.2\n" + command in output) is before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--source", "nosuch"],
+        ["--demo", "--source", "huggingface"],
+        ["--demo", "--repo", OTHER],
+        ["x"],
+    ],
 )
 def test_bad_arguments(options: list[str], ended: Callable[..., tuple]) -> None:
     code, _, errors = ended(*options)

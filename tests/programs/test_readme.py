@@ -258,7 +258,10 @@ def test_the_forwarded_port() -> None:
     "command", sorted({c for c in COMMANDS + INLINE if c.startswith(PARSED)})
 )
 def test_options_of_commands_that_need_phi4(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     words = [word for word in shlex.split(command) if "=" not in word]
     if "api.py" in words:
@@ -269,10 +272,15 @@ def test_options_of_commands_that_need_phi4(
         return
     asked = []
 
-    def download(source: str, root: Path) -> Path:
+    def download(source: str, root: Path, repo: str | None) -> Path:
         asked.append(source)
-        return root / model_download.MODELSCOPE_REPO
+        folder = root / (repo or model_download.MODELSCOPE_REPO)
+        if repo:
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+        return folder
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model_download, "download", download)
     monkeypatch.setattr(sys, "argv", words[1:])
     assert model_download.main() == 0
