@@ -214,7 +214,12 @@ CU126 = r"CUDA 13.*580.*not for RTX 50: pip install torch==2\.13\.0\+cu126 --ind
 @pytest.mark.parametrize(
     ("error", "built_for", "driver", "told"),
     [
-        (AssertionError("Torch not compiled with CUDA"), None, 0, "--demo works.*torch==.*/cu130"),
+        (
+            AssertionError("Torch not compiled with CUDA"),
+            None,
+            0,
+            "--demo works.*torch==.*/cu130",
+        ),
         (RuntimeError(OLD % 12080), "13.0", 12080, f"12080.*{CU126}"),
         (RuntimeError("CUDA error: invalid image"), "13.0", 12040, CU126),
         (RuntimeError(OLD % 11040), "13.0", 11040, "11040.*Update the NVIDIA driver"),
