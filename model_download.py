@@ -821,9 +821,9 @@ class Settings(BaseSettings):
     quantize: Literal["none", "int8", "int4"] = "none"
     """Fewer bits for the weights, with bitsandbytes: for cards under 32 GB."""
     max_new_tokens: int = Field(512, ge=1)
-    """Default max_new_tokens of POST /; 8192 if the model thinks. /v1: what is left."""
+    """Default max_new_tokens of POST /, 8192 if the model thinks. /v1: what is left."""
     temperature: float = Field(0, ge=0, le=2)
-    """Temperature of requests that name none, if the folder does not; 0 is greedy."""
+    """Temperature of requests that name none; 0 is greedy. Not set: the model's, or 0."""
     max_in_flight: int = Field(0, ge=0, le=1024)
     """Requests generated at the same time. 0: 16 on a CPU, 256 on a GPU of 80 GB."""
     max_waiting: int = Field(-1, ge=-1)
