@@ -107,6 +107,7 @@ def test_thinking_is_sent_as_it_is_made(thinker: Running, say: Any) -> None:
             gate.allow(1)
             if data.startswith("{"):
                 deltas.append(json.loads(data)["choices"][0]["delta"])
+    assert deltas[0] == {"role": "assistant", "content": ""}
     thought = [each for each in deltas if "reasoning_content" in each]
     assert len(thought) > 1
 
@@ -135,7 +136,8 @@ def test_thinking_that_does_not_close_is_not_lost(
     """As vLLM's deepseek_r1 parser has it: all of it is reasoning, and no content."""
     pieces = ["<think>", "hm", " 2", "</thi"]
     say(*pieces, *[" more"] * (end == "length"))
-    message, answer = ask(thinker, max_tokens=4 if end == "length" else 9)
+    limit = 4 if end == "length" else 9
+    message, answer = ask(thinker, max_tokens=limit, stop=["</"], tools=[TOOL])
     assert message["reasoning_content"] == "hm 2</thi"
     assert message["content"] is None
     assert answer["choices"][0]["finish_reason"] == end
@@ -172,6 +174,7 @@ def test_others_do_not_think(counting: Running, monkeypatch: Any) -> None:
     assert message["content"] == "".join(THOUGHT)
     assert "reasoning_content" not in message
     assert "completion_tokens_details" not in answer["usage"]
+    assert counting.answer(stop=" 2") == "<think>\n2 and"
     turn = {"role": "assistant", "content": "<think>a</think>b"}
     told = [
         len(told_of(counting, history=[h])) for h in (turn, turn | {"content": "b"})
@@ -245,6 +248,10 @@ def test_json_may_come_after_thinking(thinker: Running, write: Any) -> None:
     write('<think>x</think>{"a": "<tool_call>"}')
     message, _ = ask(thinker, tools=[TOOL], **options)
     assert json.loads(message["content"]) == {"a": "<tool_call>"}
+    # So a stop string is looked for behind it.
+    message, answer = ask(thinker, tools=[TOOL], stop=[">"], **options)
+    assert message["content"] == '{"a": "<tool_call'
+    assert answer["choices"][0]["finish_reason"] == "length"
     # A grammar that is wrong is still a 400.
     schema["properties"]["a"] = {"not": {}}
     assert thinker.post("x", V1, **options).status_code == 400
@@ -261,6 +268,22 @@ def test_calls_come_after_thinking(thinker: Running, write: Any, choice: str) ->
     (made,) = message["tool_calls"]
     assert made["function"] == {"name": "f", "arguments": "{}"}
     assert answer["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_only_the_mark_ends_thinking_before_a_grammar(thinker: Running) -> None:
+    """Text that reads like the mark would end it for the client, not for the grammar."""
+    names, tokenizer = thinker.tokenizer.get_vocab(), thinker.engine.ll_tokenizer
+    matcher = model_download.compile_grammar(tokenizer, 'start: "yes"')
+    for token in (names["<think>"], *b"</think"):
+        assert matcher.consume_token(token)
+
+    def allowed(token: int) -> bool:
+        return bool(matcher.compute_bitmask()[token // 8] >> token % 8 & 1)
+
+    assert not allowed(ord(">")) and allowed(ord("!"))
+    assert matcher.consume_token(ord("!"))
+    assert matcher.consume_token(names["</think>"])
+    assert allowed(ord("y")) and not allowed(ord("!"))
 
 
 @pytest.mark.parametrize("special", [False, True])
