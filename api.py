@@ -23,8 +23,9 @@ Limits (settings, where it does not say otherwise)
     wait; the next one gets a 503.
     A body has at most 1 MiB and 30 seconds; a request has 300 seconds. (Not settings:
     the head of a request has 10 seconds and 16 KiB; there are 2,000 connections.)
-    An answer of POST / has 512 tokens unless the request says otherwise. Prompt and
-    answer together have what the model's context and the KV cache hold.
+    An answer of POST / has 512 tokens unless the request says otherwise, 8,192 from a
+    model that thinks. Prompt and answer together have what the model's context and the
+    KV cache hold.
 
 A request takes one path, whichever route it came by: RequestMiddleware, SecuredRoute,
 reply(), Engine.submit(), the generation thread, Engine.process_outputs(), and back to
@@ -222,6 +223,7 @@ class Engine:
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
         ll_tokenizer = model_download.grammar_tokenizer(model, tokenizer, ends)
         self.grammars = py_api.GrammarCompiler(ll_tokenizer)
+        self.defaults = model_download.read_defaults(model, tokenizer, settings)
         manager = create_manager(model, ends, settings)
         gc.disable()  # nothing else may touch the GPU while a graph is captured
         manager.warmup()
@@ -302,14 +304,16 @@ class Engine:
         ValueError for a tokenizer that does not fit the model."""
         self.admit(generation)
         matcher = await self.grammars.compile(body, generation.in_thread)
-        tokens = await self.tokenize(body.turns(), generation)
+        turns = py_api.shown_turns(body.turns(), self.defaults)
+        tokens = await self.tokenize(turns, generation)
         if generation.error:  # it was released meanwhile
             raise generation.error
         limit = self.new_token_limit(len(tokens), body)
         generation.prompt_tokens = len(tokens)
         if max(body.logit_bias or {}, default=0) >= len(self.token_bytes):
             raise ClientError("logit_bias: no such token", "logit_bias")
-        generation.sampling = Sampling(body, self.settings.temperature, matcher)
+        sampled = body.with_defaults(self.defaults.sampling)
+        generation.sampling = Sampling(sampled, matcher)
         added = self.manager.add_request(
             tokens,
             generation.id,
@@ -360,7 +364,7 @@ class Engine:
             more = f" and {wanted} new ones are asked for" if wanted else ""
             raise self.too_long(f"the messages have {prompt_tokens} tokens{more}")
         fills = isinstance(body, OpenAIRequest)
-        return min(wanted or (room if fills else self.settings.max_new_tokens), room)
+        return min(wanted or (room if fills else self.defaults.max_new_tokens), room)
 
     def too_long(self, what: str) -> HTTPException:
         """The 400 for a conversation that does not fit. LiteLLM and LangChain look for
@@ -444,6 +448,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     before that are plain."""
     engine: Engine = request.app.state.engine
     generation = Generation(engine.name, body.stop, body.is_json(), body.mark())
+    generation.thinks = engine.defaults.thinks
     logger.debug("%s is asked %r", generation.id, body)
     # RequestMiddleware ends both, however this request ends.
     request.state.generation = generation
@@ -482,7 +487,7 @@ async def stream_events(
             data = b": ping\n\n"
             sent, finished = generation.sent_chars, generation.finish_reason
             if len(generation.text) > sent or finished:
-                data = b"".join(body.to_events(generation, sent))
+                data = b"".join(body.to_events(generation, sent)) or data
             generation.sent_chars = len(generation.text)
             yield data
             if not finished:

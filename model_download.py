@@ -547,6 +547,80 @@ def float8_quantizer(linear: type, round_rows: Any) -> Any:
     return Config()
 
 
+# A model that thinks writes its thinking between these marks, before the answer.
+THINK, END_THINK = "<think>", "</think>"
+# Default of new tokens for one that does: hard questions take 4,000 to 13,000 tokens. It
+# ends within --request-timeout where a client gets 28 tokens/s or more.
+THINKING_TOKENS = 8192
+
+
+class Defaults(NamedTuple):
+    """What a request gets that says nothing else; it follows from the model's folder."""
+
+    thinks: bool
+    drops_system: bool  # the template leaves out what a client's system turn says
+    max_new_tokens: int  # of POST /
+    sampling: dict[str, float]
+
+
+def read_defaults(model: Any, tokenizer: Any, settings: Any) -> Defaults:
+    """What the folder says, where the settings do not say otherwise."""
+    thinks = {THINK, END_THINK} <= tokenizer.get_vocab().keys()
+    given, told = settings.model_fields_set, model.generation_config
+    most = THINKING_TOKENS if thinks else settings.max_new_tokens
+    sampling = {"temperature": settings.temperature}
+    if told.do_sample:
+        names = ("top_p", "top_k", "min_p")
+        sampling |= {name: getattr(told, name) for name in names if getattr(told, name)}
+        if "temperature" not in given:
+            sampling["temperature"] = min(told.temperature or 1.0, 2.0)
+    if "max_new_tokens" in given:
+        most = settings.max_new_tokens
+    return Defaults(thinks, _drops_system(tokenizer), most, sampling)
+
+
+def _drops_system(tokenizer: Any) -> bool:
+    """Whether the template has no place for a client's system turn, as that of
+    phi-4-reasoning, which has a text of its own there."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": role, "content": f"{role}'s"} for role in ("system", "user")]
+    try:
+        return "system's" not in tokenizer.apply_chat_template(turns, tokenize=False)
+    except (TemplateError, ValueError, TypeError):  # a request will say so
+        return False
+
+
+SERVED = "of its family, phi-4, phi-4-reasoning and phi-4-reasoning-plus are served"
+
+
+def _check_shape(path: Path) -> None:
+    """Raise ValueError for the config.json of a relative of phi-4 that computes in another
+    way: it was never run here, and could answer wrongly without an error."""
+    config = json.loads(path.read_bytes())
+    kind, why = str(config.get("model_type")), ""
+    scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    try:
+        rope = (
+            config | scaled
+        )  # where transformers 5, and where the hub's files have it
+        scaling = rope.get("rope_type") or rope.get("type") or "default"
+        part = rope.get("partial_rotary_factor") or 1
+        window = rope.get("sliding_window") or math.inf
+        if kind != "phi3":
+            why = f"its model_type is {kind}"
+        elif scaling != "default":
+            why = f"its positions are scaled ({scaling}), as in Phi-3.5 and phi-4-mini"
+        elif part != 1:
+            why = f"its positions turn only a part of a head ({part}), as in phi-4-mini"
+        elif window < rope.get("max_position_embeddings", 0):
+            why = f"its attention has a window of {window} tokens, as in Phi-3"
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if why and kind.startswith("phi"):
+        raise ValueError(f"{path.parent} cannot be served: {why}; {SERVED}")
+
+
 def preflight(settings: Any) -> "torch.device":
     """The device on which api.py serves with these settings.
 
@@ -560,6 +634,7 @@ def preflight(settings: Any) -> "torch.device":
         check_format(settings.model, device != "cpu")
         _keep_tokenizers_of_llamas()
         method = quantization_method(settings.model)
+        _check_shape(settings.model / "config.json")
     if settings.quantize != "none":
         if method:
             raise ValueError(f"--quantize: {settings.model} is quantized already")
@@ -797,7 +872,8 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes | None]:
-    """The bytes of each token id: none for control tokens, None for the end tokens.
+    """The bytes of each token id: none for control tokens, None for the end tokens. The
+    marks of thinking are text, also where the folder calls them control tokens.
 
     Raises KeyError for a tokenizer that is not byte-level, and IndexError for one that
     has more tokens.
@@ -812,7 +888,7 @@ def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes |
             table[index] = None
         elif index not in added:
             table[index] = bytes(byte_of[character] for character in token)
-        elif not added[index].special:
+        elif not added[index].special or token in (THINK, END_THINK):
             table[index] = token.encode()
     return table
 
@@ -850,7 +926,22 @@ def compile_grammar(tokenizer: Any, grammar: str) -> Any:
     if why := error_of(matcher):
         raise ValueError(why)
     matcher.reset()
+    if _thinks(tokenizer):
+        grammar = THOUGHT + grammar.replace("start:", "answer:", 1)
+        return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     return matcher
+
+
+# A model that thinks may do so before an answer that a grammar holds. llguidance takes
+# the marks for control tokens, which no text has.
+THOUGHT = r"""start: (<think> THOUGHT </think>)? answer
+THOUGHT: /(.|\n)*/ & ~/(.|\n)*<\/think>(.|\n)*/
+"""
+
+
+def _thinks(tokenizer: Any) -> bool:
+    marks = THINK, END_THINK
+    return all(len(tokenizer.tokenize_str(m, parse_special=True)) == 1 for m in marks)
 
 
 # What llguidance says in words of its own, and what it means to the author of a schema.
@@ -956,9 +1047,9 @@ class Settings(BaseSettings):
     quantize: Literal["none", "fp8", "int8", "int4"] = "none"
     """Fewer bits for the weights: for cards under 32 GB, and faster."""
     max_new_tokens: int = Field(512, ge=1)
-    """Default max_new_tokens of POST /; on /v1 it is what the context has left."""
+    """Default max_new_tokens of POST /, 8192 if the model thinks. /v1: what is left."""
     temperature: float = Field(0, ge=0, le=2)
-    """Temperature of requests that name none; 0 always takes the likeliest token."""
+    """Temperature of requests that name none; 0 is greedy. Not set: the model's, or 0."""
     max_in_flight: int = Field(0, ge=0, le=1024)
     """Requests generated at the same time. 0: 16 on a CPU, 256 on a GPU of 80 GB."""
     max_waiting: int = Field(-1, ge=-1)
@@ -1000,16 +1091,21 @@ class Settings(BaseSettings):
         if self.max_waiting < 0:
             self.max_waiting = 2 * self.max_in_flight
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def without_empty(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """An empty value, as compose files make them, is as good as none."""
+        return {k: v for k, v in given.items() if v != "" or k == "api_key"}
+
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def without_accidents(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """An empty value, as compose files make them, is the default; so is what
-        Kubernetes puts into PHI4_PORT where a Service is named phi4."""
+        """What Kubernetes puts into PHI4_PORT where a Service is named phi4 is none."""
         name = info.field_name
         str(value).encode()  # raises a ValueError for what is not UTF-8
         if name == "api_key" and not words(value or ""):
             raise ValueError("is empty; without it, anyone who can connect may ask")
-        if value == "" or (name == "port" and "://" in str(value)):
+        if name == "port" and "://" in str(value):
             return cls.model_fields[name].default
         return value
 

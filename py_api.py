@@ -185,7 +185,14 @@ from pydantic_core import PydanticCustomError, to_json
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from model_download import WORLD_SIZE, compile_grammar, words
+from model_download import (
+    END_THINK,
+    THINK,
+    WORLD_SIZE,
+    Defaults,
+    compile_grammar,
+    words,
+)
 
 
 class ClientError(HTTPException):
@@ -338,7 +345,10 @@ class Answer:
     The text never ends inside a character, inside a stop string or inside `mark`, with
     which a call begins. Bytes that cannot be UTF-8 become U+FFFD, as in
     `tokenizer.decode`; a character that is cut off by the end of the answer is left out.
+    Thinking is text; stops and calls are looked for in what follows it.
     """
+
+    thinks = False  # whether the model does
 
     def __init__(
         self,
@@ -353,6 +363,9 @@ class Answer:
         self.openai_fields = {"id": self.id, "created": created, "model": model}
         self.stop_strings, self.is_json, self.mark = stop or [], is_json, mark
         self.in_call = False  # from the mark on
+        self.thinking: bool | None = None  # whether it goes on; None: may yet begin
+        self.content_at = 0  # where the text is no longer thinking
+        self.reasoning_tokens = 0
         # Of the prompt, of the answer, and of the prompt from the prefix cache.
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
         self.text = ""
@@ -366,7 +379,11 @@ class Answer:
         if token is None:
             return self.finish("stop")
         text = self.held + self.decoder.decode(token)
-        if self.is_json and not self.text and text[:1] != "<":
+        if self.thinks and self.thinking is not False:
+            text = self.feed_thinking(text)
+            if not text:
+                return
+        if self.is_json and len(self.text) == self.content_at and text[:1] != "<":
             self.mark = None  # JSON, which may have one in a string
         end = self.find_stop(text[: len(text) - length_of_begun(text, [self.mark])])
         self.held = ""
@@ -377,6 +394,32 @@ class Answer:
             end = len(text) - length_of_begun(text, [*self.stop_strings, self.mark])
             self.held = text[end:]
         self.text += text[:end]
+
+    def feed_thinking(self, text: str) -> str:
+        """Add what belongs to the thinking; returns what follows it."""
+        begun, self.held = text.lstrip(), ""
+        if self.thinking is None:
+            if begun != THINK and THINK.startswith(begun):
+                self.held = text
+                return ""
+            self.thinking = begun.startswith(THINK)
+            if not self.thinking:
+                return text
+        self.reasoning_tokens = self.completion_tokens
+        thought, end, rest = text.partition(END_THINK)
+        if end:
+            self.text += thought + end
+            self.thinking, self.content_at = False, len(self.text)
+            return rest
+        length = len(text) - length_of_begun(text, [END_THINK])
+        self.text, self.held = self.text + text[:length], text[length:]
+        return ""
+
+    def parts(self, end: int | None = None) -> tuple[str | None, str]:
+        """The thinking, None if there is none, and what follows it, of the first `end`
+        characters of the text."""
+        text = self.text[:end]
+        return split_thinking(text) if self.thinks else (None, text)
 
     def find_stop(self, text: str) -> int | None:
         """Where the first stop string begins in what follows the text. None is looked for
@@ -394,6 +437,9 @@ class Answer:
         beginning of a mark that a limit has cut."""
         if self.finish_reason is None:
             self.finish_reason = reason
+            if self.thinking:
+                self.text += self.held
+                return
             end = len(self.held) - length_of_begun(self.held, [self.mark])
             if reason == "stop":
                 end = self.find_stop(self.held)
@@ -406,9 +452,44 @@ class Answer:
         return used | {"total_tokens": prompt + new}
 
     def openai_usage(self) -> dict[str, Any]:
-        """The same, with cached tokens."""
-        details = {"cached_tokens": self.cached_tokens}
-        return self.usage() | {"prompt_tokens_details": details}
+        """The same, with cached tokens and those of the thinking."""
+        usage = self.usage()
+        usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        if self.thinks:
+            details = {"reasoning_tokens": self.reasoning_tokens}
+            usage["completion_tokens_details"] = details
+        return usage
+
+
+def split_thinking(text: str) -> tuple[str | None, str]:
+    """The thinking with which a text begins, None if it does not, and what follows it:
+    nothing where it does not close. White space before either is left out."""
+    begun = text.lstrip()
+    if not begun.startswith(THINK):
+        return None, text
+    thinking, _, rest = begun.removeprefix(THINK).partition(END_THINK)
+    return thinking.lstrip(), rest.lstrip()
+
+
+def shown_turns(turns: list[Turn], defaults: Defaults) -> list[Turn]:
+    """Turns as the template takes them: without the thinking of earlier answers, and
+    with a system's turn before the user's text where the template would drop it."""
+    if not (defaults.thinks or defaults.drops_system):
+        return turns
+    shown, system = [], ""
+    for turn in turns:
+        text = turn.content
+        if turn.role == "system" and defaults.drops_system:
+            system += f"{text}\n\n"
+            continue
+        if turn.role == "assistant" and defaults.thinks:
+            text = split_thinking(text)[1]
+        elif turn.role == "user":
+            text, system = system + text, ""
+        shown.append(Turn(role=turn.role, content=text))
+    if system:  # no user's turn follows
+        shown.append(Turn(role="user", content=system.rstrip()))
+    return shown
 
 
 def length_of_begun(text: str, watched: list[str | None]) -> int:
@@ -427,7 +508,7 @@ class SamplingFields(Strict):
     stream: bool | None = None
     """Send the answer as it is made, as server-sent events."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """0 always takes the likeliest token, as does the default without --temperature."""
+    """0 always takes the likeliest token. Defaults: --temperature and the model's."""
     top_p: float | None = Field(None, ge=0, le=1)
     """Choose among the likeliest tokens that together have this probability."""
     top_k: int | None = Field(None, ge=-1, le=1024)
@@ -451,6 +532,11 @@ class SamplingFields(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """Makes a sampled answer repeatable."""
 
+    def with_defaults(self, defaults: dict[str, float]) -> Self:
+        """The same with these values where the request names none."""
+        missing = {key: defaults[key] for key in defaults if getattr(self, key) is None}
+        return self.model_copy(update=missing)
+
     def is_json(self) -> bool:
         """Whether the answer follows a JSON schema, if it is no call."""
         return False
@@ -471,11 +557,9 @@ class Sampling:
     cached_tokens = 0  # of the prompt: taken from the prefix cache
     error = ""  # why its grammar ends the answer
 
-    def __init__(self, body: SamplingFields, temperature: float, matcher: Any) -> None:
+    def __init__(self, body: SamplingFields, matcher: Any) -> None:
         self.body, self.matcher = body, matcher
-        self.temperature = body.temperature
-        if self.temperature is None:
-            self.temperature = temperature
+        self.temperature = body.temperature or 0
         self.seed = secrets.randbits(63) if body.seed is None else body.seed
         penalties = body.presence_penalty, body.frequency_penalty
         repeats = body.repetition_penalty not in (None, 1)
@@ -534,7 +618,8 @@ class ChatRequest(SamplingFields, json_schema_extra=CHAT_EXAMPLE):
     history: list[Turn] = Field([], fail_fast=True)
     """The conversation before it, as the last answer gave it."""
     max_new_tokens: TokenLimit = None
-    """Longest answer in tokens; the default is 512, or what the context has left."""
+    """Longest answer in tokens; the default is 512 (8192 if the model thinks), or what
+    the context has left."""
 
     def turns(self) -> list[Turn]:
         return [*self.history, Turn(role="user", content=self.prompt)]
@@ -1081,6 +1166,8 @@ OPENAI_EXAMPLE = {"example": {"model": "phi-4", "messages": [QUESTION]}}
 class OpenAIMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
+    """Thinking before the content; absent where the model has not thought."""
     refusal: None = None
     tool_calls: list[dict[str, Any]] | None = None
     """Absent where no function is called."""
@@ -1140,6 +1227,8 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
     tool_choice: Annotated[ToolChoice, AS_CHOICE] | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    """false leaves `reasoning_content` out."""
 
     @pydantic.model_validator(mode="after")
     def go_together(self) -> Self:
@@ -1225,27 +1314,32 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
 
     def parts(
         self, answer: Answer, end: int | None = None
-    ) -> tuple[str, list[dict[str, Any]]]:
-        """The text of an answer and the calls in it, of its first `end` characters."""
-        text = answer.text[:end]
+    ) -> tuple[str | None, str, list[dict[str, Any]]]:
+        """The thinking of an answer, its text and the calls in it, of its first `end`
+        characters."""
+        thinking, text = answer.parts(end)
+        if self.include_reasoning is False:
+            thinking = None
         if not self.offered() or (self.is_json() and not text.startswith(CALL_MARK)):
-            return text, []
+            return thinking, text, []
         text, calls = split_calls(text)
         first = {"index": 0, "id": "", "type": "function"}
         parts = [first | {"function": call} for call in calls]
         for index, part in enumerate(parts):
             part |= {"index": index, "id": f"call_{answer.id[-24:]}{index}"}
-        return text, parts
+        return thinking, text, parts
 
     def finish_reason(self, answer: Answer) -> FinishReason | None:
         reason = answer.finish_reason
-        called = reason == "stop" and self.parts(answer)[1]
+        called = reason == "stop" and self.parts(answer)[2]
         return "tool_calls" if called else reason
 
     def to_response(self, answer: Answer) -> dict[str, Any]:
-        text, calls = self.parts(answer)
+        thinking, text, calls = self.parts(answer)
         message: dict[str, Any] = {"role": "assistant", "content": text}
         message["refusal"] = None
+        if thinking is not None:
+            message |= {"content": text or None, "reasoning_content": thinking}
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
             for call in calls:  # their numbers are for streams
@@ -1265,11 +1359,14 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
                 to_json(fields | {"choices": [choice | {"finish_reason": reason}]})
             )
 
-        before, known = self.parts(answer, sent)
-        text, calls = self.parts(answer)
+        thought, before, known = self.parts(answer, sent)
+        thinking, text, calls = self.parts(answer)
         if not sent:
-            content = "" if text or not answer.text else None
+            begun = text or thinking is not None or not answer.text
+            content = "" if begun else None
             yield chunk({"role": "assistant", "content": content})
+        if thinking and (delta := thinking[len(thought or "") :]):
+            yield chunk({"reasoning_content": delta})
         if delta := text[len(before) :]:
             yield chunk({"content": delta})
         for call, old in zip_longest(calls, known[: len(calls)]):

@@ -38,7 +38,7 @@ def answers(
         for batch in (range(len(prompts) - 1), [len(prompts) - 1]):
             for i in batch:
                 drawn = api.ChatRequest(prompt="x", temperature=1, seed=7)
-                asked = {"sampling": api.Sampling(drawn, 0, None)}
+                asked = {"sampling": api.Sampling(drawn, None)}
                 extra = asked if i in sampled else {}
                 manager.add_request(prompts[i], str(i), max_new_tokens=24, **extra)
             done |= results(manager, set(map(str, batch)))

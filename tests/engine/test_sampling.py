@@ -35,7 +35,7 @@ def state(
     """What the engine knows of a request that has come to this position."""
     body = api.ChatRequest(prompt="x", seed=seed, **sampling)
     return SimpleNamespace(
-        logit_processor_kwargs={"sampling": api.Sampling(body, 0, None)},
+        logit_processor_kwargs={"sampling": api.Sampling(body, None)},
         position_offset=position,
         initial_tokens=prompt or [],
         generated_tokens=answer or [],
@@ -212,7 +212,7 @@ def test_different_seeds_draw_differently(one, other):
 
 def test_without_a_seed_every_request_has_its_own():
     asked = [api.ChatRequest(prompt="x", temperature=1) for _ in range(8)]
-    seeds = {api.Sampling(body, 0, None).seed for body in asked}
+    seeds = {api.Sampling(body, None).seed for body in asked}
     assert len(seeds) == 8
 
 

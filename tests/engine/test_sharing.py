@@ -86,7 +86,7 @@ def ask(
     """Add them. Returns what tells the tokens of each that came from the cache."""
     samplings = []
     for i, prompt in enumerate(prompts):
-        sampling = api.Sampling(api.ChatRequest(prompt="x"), 0, None)
+        sampling = api.Sampling(api.ChatRequest(prompt="x"), None)
         samplings.append(sampling)
         options = {"max_new_tokens": 24, "sampling": sampling}
         manager.add_request(prompt, f"{name}{i}", **options)

@@ -88,6 +88,60 @@ def test_missing_file_is_named(tiny_folder: Path, tmp_path: Path, name: str) -> 
         model_download.preflight(api.Settings(model=folder, device="cpu"))
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.1]}
+PHI4_MINI = {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}
+PHI4_MINI |= {"vocab_size": 200064, "rope_scaling": LONGROPE}
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        (PHI4_MINI, "longrope"),
+        (PHI4_MINI | {"rope_scaling": None}, "0.75"),
+        ({"rope_scaling": LONGROPE, "sliding_window": 262144}, "longrope"),  # Phi-3.5
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "yarn",
+        ),  # as transformers 5 has it
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "0.5"),
+        ({"sliding_window": 511}, "511"),  # Phi-3
+        ({"model_type": "phimoe"}, "phimoe"),  # Phi-3.5-MoE
+        ({"rope_scaling": "x"}, "damaged"),
+    ],
+)
+def test_relatives_of_phi4_are_refused(
+    tiny_folder: Path, tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    """Before anything is loaded, with what is wrong and what is served."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    told = json.loads((folder / "config.json").read_text())
+    del told["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(told | config))
+    with pytest.raises(ValueError, match=says) as refusal:
+        model_download.preflight(api.Settings(model=folder, device="cpu"))
+    assert "phi-4-reasoning-plus" in str(refusal.value) or says == "damaged"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": None, "rope_theta": 250000, "sliding_window": None},  # phi-4
+        {"rope_theta": 500000, "max_position_embeddings": 32768},  # phi-4-reasoning
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}},
+        {"sliding_window": 512},
+        {"model_type": "llama", "rope_scaling": {"rope_type": "llama3"}},  # another's
+    ],
+)
+def test_phi4_and_strangers_are_not_refused(
+    tiny_folder: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    told = json.loads((folder / "config.json").read_text())
+    del told["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(told | config))
+    model_download.preflight(api.Settings(model=folder, device="cpu"))
+
+
 def test_port_in_use(tiny_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -18,14 +18,14 @@ EDIT = api.Runner.edit
 
 
 @torch.no_grad()
-def chain_model(folder: Path, logits: torch.Tensor) -> None:
+def chain_model(folder: Path, logits: torch.Tensor, tokenizer: str = "small") -> None:
     """Write a model to `folder` that looks at the last token only.
 
     `logits` is (vocabulary, vocabulary): row t holds the logits of what follows
-    token t. The tokenizer is `tiny.small_tokenizer`.
+    token t. The tokenizer is one that `tiny.tiny_model` knows.
     """
     hidden = 8 * math.ceil(len(logits) / 8)
-    tiny.tiny_model(folder, hidden=hidden, layers=1, context=2048)
+    tiny.tiny_model(folder, tokenizer, hidden=hidden, layers=1, context=2048)
     model = Phi3ForCausalLM.from_pretrained(folder)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
@@ -37,13 +37,13 @@ def chain_model(folder: Path, logits: torch.Tensor) -> None:
     model.save_pretrained(folder)
 
 
-def counting_model(folder: Path) -> None:
+def counting_model(folder: Path, tokenizer: str = "small") -> None:
     """Write a model whose answer to everything is the tokens 0, 1, 2 ... LAST, 0 ..."""
-    size = len(tiny.small_tokenizer(folder))
+    size = len(getattr(tiny, f"{tokenizer}_tokenizer")(folder))
     logits = torch.full((size, size), -50.0)
     logits[:, 0] = 0.0
     logits[range(LAST), range(1, LAST + 1)] = 50.0
-    chain_model(folder, logits)
+    chain_model(folder, logits, tokenizer)
 
 
 def teach(monkeypatch: Any, served: Running, pieces: Sequence[bytes]) -> None:
@@ -57,8 +57,11 @@ def teach(monkeypatch: Any, served: Running, pieces: Sequence[bytes]) -> None:
 def prefer(monkeypatch: Any, served: Running, text: bytes) -> None:
     """Let a server of the counting model want to write this text and end, byte by byte.
     Unlike with `teach`, the tokens are the text's own, and what the server does to
-    logits counts: where it excludes the byte, the first token comes that it does not."""
+    logits counts: where it excludes the byte, the first token comes that it does not.
+    Marks of thinking are tokens, where the tokenizer has them."""
     end = served.generation_config.eos_token_id[0]
+    names = served.tokenizer.get_vocab()
+    marks = {mark: names[mark] for mark in ("<think>", "</think>") if mark in names}
     sizes = [len(token or b"") for token in served.engine.token_bytes]
 
     def edit_preferred(runner: Any, logits: Any, state: Any, answer: list[int]) -> None:
@@ -66,7 +69,10 @@ def prefer(monkeypatch: Any, served: Running, text: bytes) -> None:
         unknown = api.answer_length(state) - len(answer)
         at = sum(sizes[token] for token in answer) + unknown
         logits.zero_()
-        logits[text[at] if at < len(text) else end] = 50
+        wanted = [
+            id_ for mark, id_ in marks.items() if text.startswith(mark.encode(), at)
+        ]
+        logits[(wanted or [*text[at : at + 1], end])[0]] = 50
         EDIT(runner, logits, state, answer)
 
     monkeypatch.setattr(api.Runner, "edit", edit_preferred)

@@ -33,6 +33,16 @@ CHAT_TEMPLATE = """\
   {{ "<|im_start|>assistant<|im_sep|>" }}
 {%- endif -%}
 """
+# phi-4-reasoning's has its own system turn, and no place for a client's.
+THINKING_TEMPLATE = """\
+{{- "<|im_start|>system<|im_sep|>Use <think> {Thought} </think> {Solution}.<|im_end|>" -}}
+{%- for turn in messages if turn.role in ("user", "assistant") -%}
+  {{ "<|im_start|>" ~ turn.role ~ "<|im_sep|>" + turn.content + "<|im_end|>" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ "<|im_start|>assistant<|im_sep|>" }}
+{%- endif -%}
+"""
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # Where cl100k splits a text before merging: contractions, words with one leading
 # character, up to three digits, punctuation, line ends, other white space.
@@ -95,9 +105,22 @@ def calls_tokenizer(folder: Path, max_length: int = 512) -> PreTrainedTokenizerB
     return small_tokenizer(folder, max_length, (*SMALL_WORDS, *CALL_WORDS))
 
 
+def thinking_tokenizer(
+    folder: Path, max_length: int = 512, special: bool = False
+) -> PreTrainedTokenizerBase:
+    """The same with the marks of thinking as tokens, and a template like that of
+    phi-4-reasoning. `special` is whether the marks are control tokens."""
+    loaded = small_tokenizer(folder, max_length)
+    marks = [AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")]
+    loaded.add_tokens(marks, special_tokens=special)
+    loaded.chat_template = THINKING_TEMPLATE
+    loaded.save_pretrained(folder)
+    return loaded
+
+
 def tiny_model(
     folder: Path,
-    tokenizer: Literal["small", "calls", "phi4"] = "small",
+    tokenizer: Literal["small", "calls", "thinking", "phi4"] = "small",
     *,
     seed: int = 0,
     layers: int = 2,
@@ -119,6 +142,7 @@ def tiny_model(
     says so. Returns the loaded tokenizer.
     """
     build = {"small": small_tokenizer, "calls": calls_tokenizer, "phi4": phi4_tokenizer}
+    build["thinking"] = thinking_tokenizer
     loaded = build[tokenizer](folder, max_length=context)
     end_ids = loaded.convert_tokens_to_ids(list(END_TOKENS))
     special_ids = {"bos_token_id": end_ids[1], "pad_token_id": loaded.pad_token_id}
