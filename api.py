@@ -1592,7 +1592,7 @@ class Float8Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         kind = torch.float8_e4m3fn
         super().__init__(in_features, out_features, bias=False, dtype=kind)
-        self.weight_scale = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_scale = nn.Parameter(torch.ones(out_features, 1).float())
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:

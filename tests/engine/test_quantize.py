@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Weights in fewer bits, as far as a machine without a GPU can tell."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from server import running
 from torch import nn
 
 import api
 import model_download
+
+E4M3 = torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(
@@ -39,3 +44,119 @@ def test_what_cannot_be_quantized_is_refused(
     monkeypatch.setattr(model_download, "WORLD_SIZE", 2)
     with pytest.raises(ValueError, match="one GPU"):
         model_download.preflight(settings)
+
+
+def float8_layers(model: nn.Module) -> list[nn.Module]:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert layers.pop() is model.lm_head and model.lm_head.weight.dtype != E4M3
+    return layers
+
+
+def test_served_in_float8(tiny_folder: Path, tmp_path: Path) -> None:
+    """Rounded while it loads; and from a folder of FP8_DYNAMIC, with equal answers."""
+    with running(model=tiny_folder, quantize="fp8", dtype="bfloat16") as served:
+        layers = float8_layers(served.model)
+        assert layers and all(each.weight.dtype == E4M3 for each in layers)
+        weights = load_file(tiny_folder / "model.safetensors")
+        for name, layer in served.model.named_modules():
+            if layer in layers:
+                exact = weights[f"{name}.weight"]
+                found = layer.weight.float() * layer.weight_scale
+                # 3 bits behind the point: half of the last, of numbers down to 2**-6
+                # of the scale, below which their distances stay the same.
+                torch.testing.assert_close(
+                    found, exact.float(), rtol=2**-4, atol=0.002 * float(exact.max())
+                )
+        expected = [served.answer(f"{n}", max_new_tokens=8) for n in range(4)]
+        folders = [tmp_path / "exact", tmp_path / "rounded"]
+        for folder, kind in zip(folders, (torch.float32, torch.bfloat16), strict=True):
+            save_as_float8(tiny_folder, folder, served.model, kind)
+    for folder in folders:
+        with running(model=folder, dtype="bfloat16") as served:
+            for layer in float8_layers(served.model):
+                assert layer.weight.dtype == E4M3
+                assert layer.weight_scale.dtype == torch.float32  # the kernels read it
+            answers = [served.answer(f"{n}", max_new_tokens=8) for n in range(4)]
+            assert all(answers) and (answers == expected or folder != folders[0])
+
+
+def save_as_float8(
+    source: Path, folder: Path, model: nn.Module, kind: torch.dtype
+) -> None:
+    """A folder as llm-compressor's FP8_DYNAMIC makes it; its scales are bfloat16."""
+    shutil.copytree(source, folder)
+    stored = load_file(source / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        is_scale = name.endswith("_scale")
+        value = parameter.detach().clone()
+        if is_scale or value.dtype == E4M3:
+            stored[name] = value.to(kind) if is_scale else value
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = FP8_DYNAMIC
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+BITS = {"num_bits": 8, "type": "float", "symmetric": True, "observer": None}
+GROUP = {
+    "targets": ["Linear"],
+    "weights": BITS | {"strategy": "channel", "dynamic": False},
+    "input_activations": BITS | {"strategy": "token", "dynamic": True},
+    "output_activations": None,
+}
+FP8_DYNAMIC = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": GROUP},
+    "quantization_status": "compressed",
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ignore": ["lm_head", "model.layers.0.mlp.down_proj"]},
+        {"ignore": []},
+        {"format": "pack-quantized"},
+        {"config_groups": {"group_0": GROUP, "group_1": GROUP}},
+        {"config_groups": {"group_0": GROUP | {"targets": ["re:.*down.*"]}}},
+        {"config_groups": {"group_0": GROUP | {"input_activations": None}}},
+        {
+            "config_groups": {
+                "group_0": GROUP | {"weights": BITS | {"strategy": "tensor"}}
+            }
+        },
+    ],
+)
+def test_other_ways_to_store_float8_are_refused(
+    tiny_folder: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    """They would be read as what they are not."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = FP8_DYNAMIC | changed
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = api.Settings(model=folder, device="cpu")
+    with pytest.raises(ValueError, match="quantized as compressed-tensors"):
+        model_download.preflight(settings)
+
+
+def test_float8_needs_a_card_that_has_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    settings = api.Settings(model=tiny_folder, device="cuda:0", quantize="fp8")
+    with pytest.raises(ValueError, match=r"A100 has no float8.*--quantize int8"):
+        model_download.preflight(settings)
+
+
+def test_rows_are_rounded_to_their_largest() -> None:
+    x = torch.tensor([[448.0, -1.0], [0.5, 0.25], [0.0, 0.0], [-3e4, 1.0]])
+    rounded, scale = api.round_rows(x.bfloat16())
+    assert rounded.float().tolist()[:3] == [[448.0, -1.0], [448.0, 224.0], [0.0, 0.0]]
+    torch.testing.assert_close(
+        (rounded.float() * scale)[3, 0], torch.tensor(-3e4), rtol=0.01, atol=0
+    )
+    assert torch.isfinite(rounded.float()).all()
