@@ -646,6 +646,8 @@ def end_request(request: Request, request_id: str, status: int, started: float) 
         line += f" why={why[:200]!a}"
     level = logging.DEBUG if route == "/health" else logging.INFO
     logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
+    # A connection that is kept alive keeps the scope of its last request.
+    request.scope.get("state", {}).clear()
 
 
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."

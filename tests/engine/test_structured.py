@@ -1203,7 +1203,7 @@ def test_under_torchrun_it_is_refused_with_a_reason(
     served: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each process would need a grammar of its own."""
-    monkeypatch.setattr(api, "WORLD_SIZE", 2)
+    monkeypatch.setattr(py_api, "WORLD_SIZE", 2)
     refused = served.post(**asked(2, SMALL))
     assert refused.status_code == 400
     assert "torchrun" in refused.json()["error"]["message"]
