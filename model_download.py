@@ -494,9 +494,8 @@ def _check_shape(path: Path) -> None:
     kind, why = str(config.get("model_type")), ""
     scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
-        rope = (
-            config | scaled
-        )  # where transformers 5, and where the hub's files have it
+        # transformers 5 has these keys in one dictionary, the hub's files in two.
+        rope = config | scaled
         scaling = rope.get("rope_type") or rope.get("type") or "default"
         part = rope.get("partial_rotary_factor") or 1
         window = rope.get("sliding_window") or math.inf
