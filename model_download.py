@@ -442,8 +442,8 @@ QUANTIZED_SIZE = {"none": 1.0, "int8": 0.55, "int4": 0.35}  # of that in bfloat1
 
 # A model that thinks writes its thinking between these marks, before the answer.
 THINK, END_THINK = "<think>", "</think>"
-# Default of new tokens for one that does: hard questions take 4,000 to 13,000 tokens. It
-# ends within --request-timeout where a client gets 28 tokens/s or more.
+# Default of new tokens for one that does. phi-4-reasoning's card wants up to 32k for hard
+# questions; this many end within --request-timeout from 28 tokens/s for a client on.
 THINKING_TOKENS = 8192
 
 
@@ -473,8 +473,8 @@ def read_defaults(model: Any, tokenizer: Any, settings: Any) -> Defaults:
 
 
 def _drops_system(tokenizer: Any) -> bool:
-    """Whether the template has no place for a client's system turn, as that of
-    phi-4-reasoning, which has a text of its own there."""
+    """Whether the template has no place for a client's system turn, as one that puts a
+    text of its own there."""
     from jinja2 import TemplateError
 
     turns = [{"role": role, "content": f"{role}'s"} for role in ("system", "user")]
