@@ -487,7 +487,7 @@ async def stream_events(
             data = b": ping\n\n"
             sent, finished = generation.sent_chars, generation.finish_reason
             if len(generation.text) > sent or finished:
-                data = b"".join(body.to_events(generation, sent)) or data
+                data = b"".join(body.to_events(generation, sent))
             generation.sent_chars = len(generation.text)
             yield data
             if not finished:

@@ -549,8 +549,8 @@ def float8_quantizer(linear: type, round_rows: Any) -> Any:
 
 # A model that thinks writes its thinking between these marks, before the answer.
 THINK, END_THINK = "<think>", "</think>"
-# Default of new tokens for one that does: hard questions take 4,000 to 13,000 tokens. It
-# ends within --request-timeout where a client gets 28 tokens/s or more.
+# Default of new tokens for one that does. phi-4-reasoning's card wants up to 32k for hard
+# questions; this many end within --request-timeout from 28 tokens/s for a client on.
 THINKING_TOKENS = 8192
 
 
@@ -580,8 +580,8 @@ def read_defaults(model: Any, tokenizer: Any, settings: Any) -> Defaults:
 
 
 def _drops_system(tokenizer: Any) -> bool:
-    """Whether the template has no place for a client's system turn, as that of
-    phi-4-reasoning, which has a text of its own there."""
+    """Whether the template has no place for a client's system turn, as one that puts a
+    text of its own there."""
     from jinja2 import TemplateError
 
     turns = [{"role": role, "content": f"{role}'s"} for role in ("system", "user")]
@@ -601,9 +601,8 @@ def _check_shape(path: Path) -> None:
     kind, why = str(config.get("model_type")), ""
     scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
-        rope = (
-            config | scaled
-        )  # where transformers 5, and where the hub's files have it
+        # transformers 5 has these keys in one dictionary, the hub's files in two.
+        rope = config | scaled
         scaling = rope.get("rope_type") or rope.get("type") or "default"
         part = rope.get("partial_rotary_factor") or 1
         window = rope.get("sliding_window") or math.inf

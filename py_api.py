@@ -716,6 +716,19 @@ def split_calls(text: str) -> tuple[str, list[dict[str, str]]]:
     return content, calls
 
 
+def new_parts(
+    calls: list[dict[str, Any]], known: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """What a stream sends of calls, where it has sent the known ones."""
+    for call, old in zip_longest(calls, known[: len(calls)]):
+        if not old:
+            yield call
+            continue
+        arguments = call["function"]["arguments"]
+        if new := arguments.removeprefix(old["function"]["arguments"]):
+            yield {"index": call["index"], "function": {"arguments": new}}
+
+
 def answer_grammar(
     schema: dict[str, Any] | None,
     functions: Sequence[Any],
@@ -1365,19 +1378,14 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
             begun = text or thinking is not None or not answer.text
             content = "" if begun else None
             yield chunk({"role": "assistant", "content": content})
+        if answer.thinking and thinking is None:
+            yield b": thinking\n\n"  # for proxies, which close what is silent
         if thinking and (delta := thinking[len(thought or "") :]):
             yield chunk({"reasoning_content": delta})
         if delta := text[len(before) :]:
             yield chunk({"content": delta})
-        for call, old in zip_longest(calls, known[: len(calls)]):
-            if not old:
-                yield chunk({"tool_calls": [call]})
-                continue
-            arguments = call["function"]["arguments"]
-            new = arguments.removeprefix(old["function"]["arguments"])
-            if new:
-                part = {"index": call["index"], "function": {"arguments": new}}
-                yield chunk({"tool_calls": [part]})
+        for part in new_parts(calls, known):
+            yield chunk({"tool_calls": [part]})
         if answer.finish_reason:
             yield chunk({}, self.finish_reason(answer))
             if self.stream_options and self.stream_options.include_usage:

@@ -96,6 +96,12 @@ def test_thinking_and_answer_come_apart(thinker: Running, say: Any) -> None:
     message, _ = ask(thinker, include_reasoning=False)
     assert "reasoning_content" not in message
     assert message["content"] == "It is 4."
+    with thinker.gate as gate, thinker.stream("x", V1, include_reasoning=False) as all_:
+        kinds = []
+        for kind, data in events(all_):
+            gate.allow(1)
+            kinds.append(kind or data)
+    assert ": thinking" in kinds  # a stream that says nothing for long is closed
 
 
 def test_thinking_is_sent_as_it_is_made(thinker: Running, say: Any) -> None:

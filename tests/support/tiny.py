@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """\
   {{ "<|im_start|>assistant<|im_sep|>" }}
 {%- endif -%}
 """
-# phi-4-reasoning's has its own system turn, and no place for a client's.
+# For models that think: its own system turn always, and no place for a client's.
 THINKING_TEMPLATE = """\
 {{- "<|im_start|>system<|im_sep|>Use <think> {Thought} </think> {Solution}.<|im_end|>" -}}
 {%- for turn in messages if turn.role in ("user", "assistant") -%}
@@ -108,8 +108,8 @@ def calls_tokenizer(folder: Path, max_length: int = 512) -> PreTrainedTokenizerB
 def thinking_tokenizer(
     folder: Path, max_length: int = 512, special: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The same with the marks of thinking as tokens, and a template like that of
-    phi-4-reasoning. `special` is whether the marks are control tokens."""
+    """The small one with the marks of thinking as tokens, and `THINKING_TEMPLATE`.
+    `special` is whether the marks are control tokens."""
     loaded = small_tokenizer(folder, max_length)
     marks = [AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")]
     loaded.add_tokens(marks, special_tokens=special)
