@@ -274,8 +274,7 @@ class Engine:
         while True:
             await asyncio.sleep(0.1)
             self.release_all(HTTPException(504, late), settings.request_timeout)
-            for generation in self.admitted.values():
-                self.show(generation, time.monotonic())  # what has waited for more
+            self.show_all()
             steps, busy = progress(self.manager)
             if self.status == "down":
                 await self.restart()
@@ -403,6 +402,11 @@ class Engine:
             if generation.finish_reason:
                 self.failures = 0
                 self.release(generation)
+
+    def show_all(self) -> None:
+        """Show what has waited for more text to come."""
+        for generation in self.admitted.values():
+            self.show(generation, time.monotonic())
 
     def show(self, generation: Generation, now: float) -> None:
         """Wake who waits for new text, but not too often."""
