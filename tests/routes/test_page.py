@@ -571,7 +571,8 @@ def test_what_is_too_long_and_what_was_cut_off(
     say(b"one", b" two", b" three")
     chat.ask("x" * 3000)
     expect(chat.turn().note).to_contain_text("too long for the model. Begin a new one.")
-    monkeypatch.setattr(counting.engine.settings, "max_new_tokens", 2)
+    defaults = counting.engine.defaults._replace(max_new_tokens=2)
+    monkeypatch.setattr(counting.engine, "defaults", defaults)
     chat.ask("short")
     chat.answered("one two", 1, re.compile("reached its limit"))
     assert chat.sent[1]["history"] == []
