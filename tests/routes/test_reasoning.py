@@ -278,7 +278,10 @@ def test_calls_come_after_thinking(thinker: Running, write: Any, choice: str) ->
 
 def test_only_the_mark_ends_thinking_before_a_grammar(thinker: Running) -> None:
     """Text that reads like the mark would end it for the client, not for the grammar."""
-    names, tokenizer = thinker.tokenizer.get_vocab(), thinker.engine.grammars.ll_tokenizer
+    names, tokenizer = (
+        thinker.tokenizer.get_vocab(),
+        thinker.engine.grammars.ll_tokenizer,
+    )
     matcher = model_download.compile_grammar(tokenizer, 'start: "yes"')
     for token in (names["<think>"], *b"</think"):
         assert matcher.consume_token(token)
