@@ -491,7 +491,7 @@ def quantization(settings: Any, linear: type, round_rows: Any) -> dict[str, Any]
         return {"quantization_config": INT8 if settings.quantize == "int8" else INT4}
     if settings.quantize == "fp8":
         return {"quantization_config": float8_quantizer(linear, round_rows)}
-    if settings.demo or quantization_method(settings.model) != FLOAT8:
+    if settings.demo or named_format(settings.model) != FLOAT8:
         return {}
     from transformers import AutoConfig
 
@@ -630,9 +630,8 @@ def preflight(settings: Any) -> "torch.device":
     device, method = settings.device, None
     if not settings.demo:
         check_complete(settings.model)
-        check_format(settings.model, device != "cpu")
+        method = check_format(settings.model, device != "cpu")
         _keep_tokenizers_of_llamas()
-        method = quantization_method(settings.model)
         _check_shape(settings.model / "config.json")
     if settings.quantize != "none":
         if method:
@@ -640,7 +639,8 @@ def preflight(settings: Any) -> "torch.device":
         method = FLOAT8 if settings.quantize == "fp8" else "bitsandbytes"
     if method and WORLD_SIZE > 1:
         raise ValueError("quantized weights work on one GPU, not under torchrun")
-    if method == "bitsandbytes" and importlib.util.find_spec(method) is None:
+    needs_bitsandbytes = "bitsandbytes" in (method or "")
+    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"quantized weights need: {INSTALL_BITSANDBYTES}")
     if device == "auto":
         on_cpu = settings.demo and not torch.cuda.is_available()
@@ -648,22 +648,6 @@ def preflight(settings: Any) -> "torch.device":
     if device != "cpu":
         _check_gpu(device, settings, method)
     return torch.device(device)
-
-
-def quantization_method(folder: Path) -> str | None:
-    """The method by which the weights in a folder have been quantized, if any.
-
-    Raises ValueError for a config.json that is none.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        quantized = config.get("quantization_config") or {}
-        if _is_float8(quantized):
-            return FLOAT8
-        # Folders of early versions of bitsandbytes do not name the method.
-        return quantized.get("quant_method", "bitsandbytes" if quantized else None)
-    except AttributeError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
 def _is_float8(quantized: dict[str, Any]) -> bool:
@@ -735,11 +719,11 @@ def _refusal(folder: Path, found: str | None) -> str | None:
     )
 
 
-def check_format(folder: Path, on_gpu: bool) -> None:
-    """Raise ValueError for quantized weights that are not served on this machine.
+def check_format(folder: Path, on_gpu: bool) -> str | None:
+    """The format of quantized weights, None if they are not quantized.
 
-    transformers would name a package that does not help here, ask a hub for a kernel,
-    or fail deep inside.
+    Raises ValueError for one that is not served on this machine: transformers would name
+    a package that does not help here, ask a hub for a kernel, or fail deep inside.
     """
     import torch
 
@@ -761,6 +745,7 @@ def check_format(folder: Path, on_gpu: bool) -> None:
             f'on a GPU, {config} needs "llm_int8_threshold": 0.0 for its 8-bit weights: '
             "change that line, the weights can stay as they are"
         )
+    return found
 
 
 def _keep_tokenizers_of_llamas() -> None:
