@@ -58,7 +58,7 @@ from contextvars import ContextVar
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 # cuBLASLt multiplies few rows faster than cuBLAS. torch reads this when imported.
@@ -1606,6 +1606,15 @@ class Float8Linear(nn.Linear):
         return linear(rounded, self.weight, scale, self.weight_scale)[None]
 
 
+def compute_last_layer(layer: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    """The last layer's forward, which drops all rows behind attention but those whose
+    logits are wanted: a prompt's last. x is (1, tokens, features)."""
+    rows = options["logits_indices"]
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **options)
+    x = x[:, rows] + layer.o_proj(attended[:, rows])
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
 class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     """Buffers of a step. They come in pairs: what is prepared on the host is copied to
     the device, where the library rounds the lengths up."""
@@ -1670,8 +1679,9 @@ class FlashRunner(Runner):
         parts = cut_into_parts(shape, cu_seqlens, *heads)
         forward_context.set(ForwardContext(shape, page_size, *tensors, *parts))
         # `attend` writes the cache: given to the layers, the library's own would write
-        # it again, and break the compiled layer in two.
-        batch_data = batch_data | {"cache": None}
+        # it again, and break the compiled layer in two. What is left of the last layer
+        # are the wanted logits' rows.
+        batch_data = batch_data | {"cache": None, "logits_to_keep": 0}
         super()._forward_process_and_sample(model, batch_data, *token_ids)
 
     def warmup(self, model: nn.Module) -> None:
@@ -1687,7 +1697,12 @@ class FlashRunner(Runner):
             for module in layer.modules():
                 if type(module) is nn.Linear and WORLD_SIZE == 1:
                     module.__class__ = Linear
-            layer.compile(fullgraph=True, disable=not self.compiles)
+        last = layers[-1]
+        if not hasattr(last, "o_proj"):
+            last.o_proj, last.self_attn.o_proj = last.self_attn.o_proj, nn.Identity()
+            last.forward = MethodType(compute_last_layer, last)
+        for layer in layers:
+            layer.compile(fullgraph=True, dynamic=True, disable=not self.compiles)
         for half in (1, 2):
             logger.info("compiling, capturing CUDA graphs, half %d of 2", half)
             for num_tokens, past in self.steps_to_prepare():

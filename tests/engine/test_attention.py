@@ -84,7 +84,8 @@ def test_every_path_equals_generate(
         torch.nn.Module, "compile", lambda _, **options: compiled.append(options)
     )
     mixed = answers(served, prompts, sampled=(1, 3))
-    assert compiled == [{"fullgraph": True, "disable": not triton}] * 3
+    options = {"fullgraph": True, "dynamic": True, "disable": not triton}
+    assert compiled == [options] * 3
     expected = generated(plain_model(), prompts)
     for i, (answer, right) in enumerate(zip(mixed, expected, strict=True)):
         assert (answer == right) is (i not in (1, 3)), i

@@ -294,6 +294,6 @@ def test_compiled_layers_have_no_graph_break(played_gpu: pytest.MonkeyPatch) -> 
         found = results(manager, set("0123"))
     expected = generated(plain_model(layers=12), prompts, 8)
     assert [found[str(i)] for i in range(len(prompts))] == expected
-    # One for each kind of step, however many layers; requests add none.
-    assert 0 < warmed_up <= 3
+    # For a row and for several, of the last layer and of the others; requests add none.
+    assert 0 < warmed_up <= 4
     assert len(graphs) == warmed_up
