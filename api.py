@@ -49,14 +49,12 @@ import secrets
 import signal
 import threading
 import time
-from base64 import b64encode
 from collections import Counter as Counts
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -68,7 +66,6 @@ os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import h11
-import llguidance.numpy
 import torch
 import transformers
 import uvicorn
@@ -78,8 +75,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
-from llguidance import LLExecutor
-from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -217,7 +212,7 @@ class Engine:
             attn_implementation=attention,
             device_map=device if WORLD_SIZE == 1 else None,
             distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
-            **model_download.quantization(settings, Float8Linear, round_rows),
+            **model_download.quantization(settings, Linear),
         )
         ends = model_download.end_token_ids(model, tokenizer)
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
@@ -443,7 +438,6 @@ bearer = Depends(HTTPBearer(auto_error=False))
 secured = APIRouter(route_class=py_api.SecuredRoute, dependencies=[bearer])
 public = APIRouter()
 
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
@@ -465,7 +459,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
     await generation.wait()
     if body.stream:
         events = stream_events(request, body, generation)
-        return EventSourceResponse(events, headers=STREAM_HEADERS)
+        return EventSourceResponse(events, headers=py_api.STREAM_HEADERS)
     while not generation.finish_reason:
         await generation.wait()
     headers = {"X-Finish-Reason": body.finish_reason(generation)}
@@ -563,16 +557,6 @@ async def check_health(request: Request, response: Response) -> py_api.Health:
     return found
 
 
-REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
-PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
-NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
-TTFT = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
-TPOT = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
-RUNNING = Gauge("phi4_requests_in_flight", "Requests being generated")
-WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
-CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
-
-
 @secured.get(
     "/metrics", tags=["Server"], response_class=Response, responses=py_api.TEXT
 )
@@ -580,11 +564,9 @@ async def read_metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
     running = min(len(engine.admitted), engine.settings.max_in_flight)
-    RUNNING.set(running)
-    WAITING.set(len(engine.admitted) - running)
-    CACHE.set(cache_usage(engine.manager))
-    text = exposition.generate_latest()
-    return Response(text, media_type=exposition.CONTENT_TYPE_LATEST)
+    waiting = len(engine.admitted) - running
+    text = py_api.show_metrics(running, waiting, cache_usage(engine.manager))
+    return Response(text, media_type=py_api.METRICS)
 
 
 class RequestMiddleware:
@@ -629,20 +611,15 @@ class RequestMiddleware:
 def end_request(request: Request, request_id: str, status: int, started: float) -> None:
     """Free the place of a request that has ended in whatever way, count and log it."""
     route = getattr(request.scope.get("route"), "path", "other")
-    REQUESTS.labels(route, status).inc()
+    py_api.REQUESTS.labels(route, status).inc()
     path = request.scope["raw_path"].decode("latin-1")  # cannot hold a line break
     line = f"{request_id} {request.method} {path[:200]} {status}"
     generation: Generation | None = getattr(request.state, "generation", None)
     if generation:
         request.state.client_watch.cancel()
         request.app.state.engine.release(generation, HTTPException(499))  # if it runs
-        PROMPT_TOKENS.inc(generation.prompt_tokens)
-        NEW_TOKENS.inc(generation.completion_tokens)
         ttft = max(generation.first_token - generation.arrived, 0)  # 0: none came
-        if generation.first_token:
-            TTFT.observe(ttft)
-        if (later := generation.completion_tokens - 1) > 0:
-            TPOT.observe((generation.last_token - generation.first_token) / later)
+        py_api.observe(generation, ttft, generation.last_token - generation.first_token)
         line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
         line += f" first={ttft:.3f}s"
         logger.debug("%s answers %r", generation.id, generation.text)
@@ -891,18 +868,7 @@ key.value = sessionStorage.getItem(base);
 """
 
 
-def hashed(tag: str) -> str:
-    """The page's script or style, as a Content-Security-Policy names it."""
-    text = re.search(f"<{tag}.*?>(.*)</{tag}>", CHAT_PAGE, re.DOTALL)[1]
-    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
-
-
-# The browser loads nothing else for the page, and runs no other script.
-POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; connect-src 'self'; "
-POLICY += "frame-ancestors 'none'; img-src data:; require-trusted-types-for 'script'; "
-POLICY += f"script-src {hashed('script')}; style-src {hashed('style')}"
-PAGE_HEADERS = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
-PAGE_HEADERS |= {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+PAGE_HEADERS = py_api.page_headers(CHAT_PAGE)
 
 
 @public.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
@@ -1110,7 +1076,6 @@ class Runner(batching.model_runner.ModelRunner):
     looks back at them, the host waits while the GPU computes the next logits."""
 
     logits: Tensor | None = None  # (max_running, vocabulary), of the step's rows
-    executor = LLExecutor()  # threads that compute the masks of grammars
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         if self.logits is None:
@@ -1208,13 +1173,11 @@ class Runner(batching.model_runner.ModelRunner):
     def mask(self, logits: Tensor, constrained: dict[int, Sampling]) -> None:
         """Exclude what grammars exclude; logits are (rows, vocabulary)."""
         matchers = [(sampling.matcher, i) for i, sampling in constrained.items()]
-        mask = llguidance.numpy.allocate_token_bitmask(*logits.shape)
-        fill = llguidance.numpy.fill_next_token_bitmask_par
-        fill(self.executor, matchers, mask)
+        mask = model_download.allowed_tokens(matchers, logits.shape)
         for sampling in constrained.values():
             # A matcher that has failed allows only the end of the answer.
             sampling.error = model_download.error_of(sampling.matcher)
-        allowed = self.upload(mask.view("uint8"))
+        allowed = self.upload(mask)
         bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
         allowed = (allowed[..., None] >> bits & 1).flatten(1)[:, : logits.shape[1]]
         logits.masked_fill_(allowed == 0, -torch.inf)
@@ -1263,9 +1226,9 @@ FLASH_PAGE_SIZE = 256  # without our kernel: torch's takes no smaller one
 # each multiple of GRAPH_STEP; decoding one for each power of two of rows, to which the
 # library pads them. Larger steps keep the GPU busy for longer than their launches take.
 MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 64
-# One prompt of more than CUDNN_MIN_TOKENS tokens is cuDNN's, which takes half the time
-# but plans each new length for 60 ms, so it gets multiples of CUDNN_MULTIPLE.
-CUDNN_MIN_TOKENS, CUDNN_MULTIPLE = 4096, 1024
+# One prompt of more than CUDNN_MIN_TOKENS tokens is cuDNN's, which takes half the time.
+# It plans each new length for 50 ms, once: steps are padded, so there are few.
+CUDNN_MIN_TOKENS = 4096
 # The cached tokens of rows that decode are cut into chunks of a multiple of CHUNK tokens,
 # so that all of them take about DECODE_PROGRAMS programs of the kernel; the new tokens of
 # other rows into blocks of BLOCK tokens times heads. Measured on an H100.
@@ -1491,10 +1454,9 @@ def attend_without_triton(
 
 def attend_to_one_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of a long prompt to itself, by cuDNN."""
-    padding = 0, 0, 0, 0, 0, -len(q) % CUDNN_MULTIPLE
-    q_, k_, v_ = (pad(x, padding).transpose(0, 1)[None] for x in (q, k, v))
+    q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = sdpa(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)[: len(q)].contiguous()
+    return out[0].transpose(0, 1).contiguous()
 
 
 attend.register_fake(lambda q, kv, cache, scale: torch.empty_like(q))
@@ -1508,10 +1470,24 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
 
 
 # Few rows read all weights and do little else: up to MAX_FEW_ROWS of them our kernel
-# multiplies 4 to 6% faster than cuBLASLt, and float8 by 12 to 22%. A program computes
-# COLUMNS columns and looks at DEPTH_BYTES of each row together, MAX_STAGES ahead at most.
-# Measured on an H100.
-MAX_FEW_ROWS, COLUMNS, DEPTH_BYTES, MAX_STAGES = 64, 64, 256, 6
+# multiplies 4 to 6% faster than cuBLASLt, and float8 by 12 to 22%. For the library,
+# integers are unpacked in each step, which pays above MAX_PACKED_ROWS. A program computes
+# COLUMNS columns of MAX_FEW_ROWS rows or fewer, and looks at DEPTH_BYTES of each row of x
+# together, MAX_STAGES ahead at most. Measured on an H100.
+MAX_FEW_ROWS, MAX_PACKED_ROWS, COLUMNS, DEPTH_BYTES = 64, 256, 64, 256
+MAX_STAGES = {torch.bfloat16: 6, torch.float8_e4m3fn: 6, torch.int8: 4, torch.uint8: 3}
+
+
+@triton.jit
+def unpack_half_bytes(
+    half_bytes: "Tensor", scales: "Tensor", DEPTH: tl.constexpr, GROUP: tl.constexpr
+) -> "Tensor":
+    """Weights in bfloat16, of (columns, DEPTH) numbers from 0 to 15; `scales` points to
+    the first of each column. 0x4300 is 128, to which its last bits are added."""
+    number = (half_bytes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+    scale = tl.load(scales[:, None] + tl.arange(0, DEPTH // GROUP))[:, :, None]
+    scale = tl.broadcast_to(scale, [scale.shape[0], DEPTH // GROUP, GROUP])
+    return number * tl.reshape(scale, number.shape)
 
 
 @triton.jit
@@ -1524,23 +1500,35 @@ def multiply_few_rows(
     num_rows: "int",
     in_features: "int",
     out_features: "int",
-    ROWS: tl.constexpr,  # num_rows or more
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,  # weights of 4 bits that share a scale; 0: a column's do, if any
 ) -> None:
-    """Some columns of x @ weight.T. They are computed as rows, of which a matrix unit
-    takes 64 at once, and x's rows as columns, of which it takes 8."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row, k = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    """Some rows and columns of x @ weight.T. They are computed as columns and rows, since
+    a matrix unit takes 64 of the ones at once, and 8 of the others."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     is_row = row < num_rows
-    weights = weight + column[:, None] * in_features + k
+    width = in_features // 2 if GROUP else in_features
+    weights = weight + column[:, None] * width + k
     inputs = x + row[:, None] * in_features + k
     total = tl.zeros([COLUMNS, ROWS], tl.float32)
-    for at in tl.range(0, in_features, DEPTH):
+    for at in tl.range(0, width, DEPTH):
+        packed = tl.load(weights + at)
         part = tl.load(inputs + at, mask=is_row[:, None], other=0.0)
-        total = tl.dot(tl.load(weights + at), tl.trans(part), total)
-    if x_scale is not None:
+        if GROUP:
+            scales = weight_scale + (column * in_features + at) // GROUP
+            low = unpack_half_bytes(packed & 15, scales, DEPTH, GROUP)
+            total = tl.dot(low, tl.trans(part), total)
+            high = unpack_half_bytes(packed >> 4, scales + width // GROUP, DEPTH, GROUP)
+            part = tl.load(inputs + width + at, mask=is_row[:, None], other=0.0)
+            total = tl.dot(high, tl.trans(part), total)
+        else:
+            total = tl.dot(packed.to(part.dtype), tl.trans(part), total)
+    if weight_scale is not None and not GROUP:
         total *= tl.load(weight_scale + column)[:, None]
+    if x_scale is not None:
         total *= tl.load(x_scale + row, mask=is_row, other=0.0)
     places = out + row * out_features + column[:, None]
     tl.store(places, total.to(out.dtype.element_ty), mask=is_row)
@@ -1549,12 +1537,16 @@ def multiply_few_rows(
 def multiply(x: Tensor, weight: Tensor, *scales: Tensor | None) -> Tensor:
     """`linear` by our kernel."""
     out = x.new_empty(len(x), len(weight), dtype=torch.bfloat16)
-    rows = max(16, 1 << (len(x) - 1).bit_length())
-    # An H100 has room for 6 stages of 64 rows, an RTX 4090 for 3.
+    group = x.shape[1] // scales[1].shape[1] if weight.dtype == torch.uint8 else 0
+    rows = min(MAX_FEW_ROWS, max(16, 1 << (len(x) - 1).bit_length()))
+    depth = DEPTH_BYTES // x.itemsize
+    numbers = x.shape[1] // weight.shape[1]  # in one of the weight's: 2 in a byte
+    stage = depth * COLUMNS * weight.itemsize + rows * DEPTH_BYTES * numbers
+    # An H100 has room for 6 stages of 64 rows in bfloat16, an RTX 4090 for 3.
     room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    stages = min(MAX_STAGES, room // (DEPTH_BYTES * (COLUMNS + rows)))
-    sizes = {"ROWS": rows, "COLUMNS": COLUMNS, "DEPTH": DEPTH_BYTES // x.itemsize}
-    kernel = multiply_few_rows[(len(weight) // COLUMNS,)]
+    stages = min(MAX_STAGES[weight.dtype], room // stage)
+    sizes = {"ROWS": rows, "COLUMNS": COLUMNS, "DEPTH": depth, "GROUP": group}
+    kernel = multiply_few_rows[(-(-len(x) // rows), len(weight) // COLUMNS)]
     kernel(x, weight, *scales, out, *x.shape, len(weight), **sizes, num_stages=stages)
     return out
 
@@ -1564,10 +1556,14 @@ def linear(
     x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None
 ) -> Tensor:
     """x @ weight.T in bfloat16, (tokens, out_features), of (tokens, in_features) and
-    (out_features, in_features); float8 has scales, (tokens, 1) and (out_features, 1)."""
-    fits = not (len(weight) % COLUMNS or x.shape[1] % DEPTH_BYTES)
-    if len(x) <= MAX_FEW_ROWS and fits and x.is_cuda and FlashRunner.compiles:
+    weights as model_download.ROUND gives them; of float8, x has a scale for each token."""
+    is_integer = weight.dtype in (torch.int8, torch.uint8)
+    most = MAX_PACKED_ROWS if is_integer else MAX_FEW_ROWS
+    fits = not (len(weight) % COLUMNS or weight.shape[1] * x.itemsize % DEPTH_BYTES)
+    if len(x) <= most and fits and x.is_cuda and FlashRunner.compiles:
         return multiply(x, weight, x_scale, weight_scale)
+    if is_integer:
+        weight = FlashRunner.unpack(weight, weight_scale)
     if x_scale is None:
         return nn.functional.linear(x, weight)
     by_row = ScalingType.RowWise
@@ -1582,28 +1578,14 @@ def _(x: Tensor, weight: Tensor, *scales: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x[0], self.weight, None, None)[None]
-
-
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, features) in float8, and the scales of the rows, (rows, 1)."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448  # its largest
-    return (x / scale).to(torch.float8_e4m3fn), scale
-
-
-class Float8Linear(nn.Linear):
-    """Of --quantize fp8. What comes in is rounded, too."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        kind = torch.float8_e4m3fn
-        super().__init__(in_features, out_features, bias=False, dtype=kind)
-        self.weight_scale = nn.Parameter(torch.ones(out_features, 1).float())
-        self.requires_grad_(False)
+    """Of the layers, with weights in bfloat16 or as --quantize rounds them. With those in
+    float8, what comes in is rounded, too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = round_rows(x[0])
-        return linear(rounded, self.weight, scale, self.weight_scale)[None]
+        rows, scale = x[0], None
+        if self.weight.dtype == torch.float8_e4m3fn:
+            rows, scale = model_download.round_to_fp8(rows)
+        return linear(rows, self.weight, scale, self.weight_scale)[None]
 
 
 def compute_last_layer(layer: nn.Module, x: Tensor, **options: Any) -> Tensor:
@@ -1643,7 +1625,8 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
 class FlashRunner(Runner):
     """Runs steps in a few fixed shapes, all of them prepared by `warmup`."""
 
-    compiles = True  # the layers, and the kernel
+    compiles = True  # the layers, and the kernels
+    unpack = staticmethod(model_download.unpack)
 
     @property
     def pair(self) -> batching.input_outputs.HostDeviceIOPair:
@@ -1696,7 +1679,7 @@ class FlashRunner(Runner):
             layer.self_attn.kv_cache = kv_cache
             for module in layer.modules():
                 if type(module) is nn.Linear and WORLD_SIZE == 1:
-                    module.__class__ = Linear
+                    module.__class__, module.weight_scale = Linear, None
         last = layers[-1]
         if not hasattr(last, "o_proj"):
             last.o_proj, last.self_attn.o_proj = last.self_attn.o_proj, nn.Identity()
@@ -1741,7 +1724,9 @@ def install_patches(device: torch.device) -> str:
         torch.set_num_threads(model_download.cpus(torch.get_num_threads()))
         return "sdpa"
     FlashRunner.compiles = model_download.can_compile()
-    if not FlashRunner.compiles:
+    if FlashRunner.compiles:
+        FlashRunner.unpack = torch.compile(model_download.unpack, dynamic=True)
+    else:
         logger.warning("no gcc, Python headers or Triton: a fifth slower or more")
     # The library looks whether flash attention of this name is loaded, and whether it
     # has a function that reads pages; it calls the one that is registered.

@@ -167,10 +167,12 @@ import re
 import secrets
 import socket
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+from hashlib import sha256
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -180,6 +182,7 @@ import pydantic
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
 from starlette.requests import ClientDisconnect
@@ -589,6 +592,7 @@ class Sampling:
 # Ends of lines for Unicode, though not for server-sent events: clients that read line
 # by line with their language's own function would cut the JSON there.
 LINE_ENDS = re.compile("\u0085|\u2028|\u2029".encode())
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def sse(data: bytes, event: bytes = b"") -> bytes:
@@ -1392,6 +1396,63 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
                 usage = {"choices": [], "usage": answer.openai_usage()}
                 yield sse(to_json(fields | usage))
             yield sse(b"[DONE]")
+
+
+# ------------------------------------------------------------------------------
+# GET /, the chat page
+# ------------------------------------------------------------------------------
+
+
+def page_headers(page: str) -> dict[str, str]:
+    """Those of a page of which the browser shall run its own script, and load nothing."""
+
+    def hashed(tag: str) -> str:
+        text = re.search(f"<{tag}.*?>(.*)</{tag}>", page, re.DOTALL)[1]
+        return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; "
+    policy += "connect-src 'self'; frame-ancestors 'none'; img-src data:; "
+    policy += "require-trusted-types-for 'script'; "
+    policy += f"script-src {hashed('script')}; style-src {hashed('style')}"
+    return {
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+# ------------------------------------------------------------------------------
+# GET /metrics
+# ------------------------------------------------------------------------------
+
+REQUESTS = Counter("phi4_requests", "Requests answered", ["route", "status"])
+PROMPT_TOKENS = Counter("phi4_prompt_tokens", "Tokens of prompts")
+NEW_TOKENS = Counter("phi4_completion_tokens", "Tokens generated")
+TTFT = Histogram("phi4_time_to_first_token_seconds", "Arrival to first token")
+TPOT = Histogram("phi4_time_per_output_token_seconds", "Mean time of a later token")
+RUNNING = Gauge("phi4_requests_in_flight", "Requests being generated")
+WAITING = Gauge("phi4_requests_waiting", "Admitted requests that wait for a place")
+CACHE = Gauge("phi4_cache_usage_ratio", "Used part of the KV cache, 0 to 1")
+METRICS = exposition.CONTENT_TYPE_LATEST  # their media type
+
+
+def observe(answer: Answer, ttft: float, decode: float) -> None:
+    """Count an answer that has ended: the first token came after `ttft` seconds, 0 if none
+    came, and the others within `decode` seconds."""
+    PROMPT_TOKENS.inc(answer.prompt_tokens)
+    NEW_TOKENS.inc(answer.completion_tokens)
+    if ttft:
+        TTFT.observe(ttft)
+    if (later := answer.completion_tokens - 1) > 0:
+        TPOT.observe(decode / later)
+
+
+def show_metrics(running: int, waiting: int, cache_usage: float) -> bytes:
+    RUNNING.set(running)
+    WAITING.set(waiting)
+    CACHE.set(cache_usage)
+    return exposition.generate_latest()
 
 
 # ------------------------------------------------------------------------------
