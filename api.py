@@ -748,13 +748,13 @@ const FENCE = /^[ \t]*(?:[-*+] |\d+[.)] )?[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t
 // node that only grows, so that a long answer costs no more than a short one.
 function show(answer, parent, nodes, isWhole) {
   const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*([-*+]|\d+[.)]?)?[ \t]*(``?|```[^\n]*)?$/, "$1");
-  const parts = text.split(FENCE);
+  const parts = text.split(FENCE); main.onscroll(); // the reader may have gone up a moment before its event
   for (let i = 0; i < parts.length; i += i % 4 ? 1 : 3) { // text, ```, language, code, text ...
     const isCode = i % 4 === 3, part = isCode ? parts[i] : parts[i].trim();
     nodes[i] ??= (isCode ? addCode(parent, parts[i - 1]) : add(parent, "p")).appendChild(new Text());
     nodes[i].appendData(part.slice(nodes[i].length));
   }
-  if (follows) main.scrollTop = main.scrollHeight;
+  if (follows) { main.scrollTop = main.scrollHeight; top = main.scrollTop; } // or a moment after this
 }
 function call(path, options) {
   const bytes = String.fromCharCode(...new TextEncoder().encode(key.value.trim())); // headers are bytes

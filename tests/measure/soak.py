@@ -183,7 +183,7 @@ class Soak:
         async def client() -> None:
             for kind in plan:
                 await self.one(kind)
-                if self.rng.random() < 1 / 500:
+                if not self.counts["bursts"] or self.rng.random() < 1 / 500:
                     more = itertools.islice(plan, burst)
                     self.counts["bursts"] += 1
                     await asyncio.gather(*map(self.one, more))

@@ -2,6 +2,7 @@
 """Where people put it: behind other servers' commands, in containers, on IPv6, with a
 log that nobody reads; and how it ends when it cannot go on."""
 
+import contextlib
 import errno
 import json
 import os
@@ -11,15 +12,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import requests
 import torch
 from net import DEADLINE, free_port
 from safetensors.torch import load_file, save_file
-from server import ROOT, is_ready, narrow, running, spawned, wait_until
+from server import ROOT, ended, forked, is_ready, narrow, running, wait_until
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import api
@@ -154,7 +157,7 @@ def test_a_host_is_listened_on_in_both_versions_of_ip(monkeypatch, host, v4, v6)
 @v6
 def test_the_log_has_an_address_to_click_on(tiny_folder):
     options = "--model", str(tiny_folder), "--device", "cpu", "--host", "[::1]"
-    with spawned(*options, wait=False) as process:
+    with forked(*options, wait=False) as process:
         url = f"http://[::1]:{process.port}"
         wait_until(lambda: is_ready(url))
         assert f"listening on {url}\n" in process.log()
@@ -259,16 +262,7 @@ def test_behind_uvicorns_command_all_is_as_without(tiny_folder, tmp_path):
 
 def test_there_wrong_settings_are_named_too(tiny_folder):
     own = {"PHI4_MODEL": str(tiny_folder), "PHI4_DTYPE": "int8"}
-    command = [sys.executable, "-m", "uvicorn", "api:app", "--port", str(free_port())]
-    done = subprocess.run(
-        command,
-        env=os.environ | own,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
+    done = ended(["-m", "uvicorn", "api:app", "--port", str(free_port())], **own)
     assert done.returncode == api.EXIT_WRONG_START
     assert "environment variable PHI4_DTYPE, 'int8'" in done.stderr
     assert "Traceback" not in done.stderr
@@ -279,74 +273,76 @@ def test_there_wrong_settings_are_named_too(tiny_folder):
 # ------------------------------------------------------------------------------
 
 
-def test_a_log_that_nobody_reads_stops_nothing(tiny_folder):
+@contextlib.contextmanager
+def logging_to(log: int, folder: Path, *options: str) -> Iterator[Any]:
+    """A server that is ready and whose standard error is this; it has a `url`."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "api.py"), "--model", str(tiny_folder)]
-    command += ["--device", "cpu", "--port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: is_ready(url), 2 * DEADLINE)
-            with requests.Session() as session:
-                for _ in range(500):  # 200 kB of log; a pipe holds 64
-                    session.get(f"{url}/{'x' * 200}", timeout=DEADLINE)
-                body = {"prompt": "x", "max_new_tokens": 2}
-                assert session.post(url, json=body, timeout=DEADLINE).ok
-                assert session.get(url + "/health", timeout=DEADLINE).ok
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(DEADLINE) == 0
-            said = process.stderr.read()
-        finally:
-            process.kill()
+    command = [str(ROOT / "api.py"), "--model", str(folder), "--device", "cpu"]
+    command += ["--port", str(port), *options]
+    process = preloaded.start(command, log, log, dict(os.environ))
+    process.url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(
+            lambda: process.poll() is not None or is_ready(process.url), 2 * DEADLINE
+        )
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_log_that_nobody_reads_stops_nothing(tiny_folder):
+    reader, log = os.pipe()
+    with (
+        open(reader, "rb") as told,
+        logging_to(log, tiny_folder) as process,
+        requests.Session() as session,
+    ):
+        os.close(log)
+        for _ in range(500):  # 200 kB of log; a pipe holds 64
+            session.get(f"{process.url}/{'x' * 200}", timeout=DEADLINE)
+        body = {"prompt": "x", "max_new_tokens": 2}
+        assert session.post(process.url, json=body, timeout=DEADLINE).ok
+        assert session.get(process.url + "/health", timeout=DEADLINE).ok
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 0
+        said = told.read()
     assert b"INFO phi4: ready: tiny on cpu\n" in said
     assert len(said) > 50_000, "what the pipe had room for"  # a page ends with a line
 
 
 def test_a_terminal_that_nobody_reads_stops_nothing(tiny_folder):
     """As over an ssh connection that hangs."""
-    port, (terminal, log) = free_port(), os.openpty()
-    command = [sys.executable, str(ROOT / "api.py"), "--model", str(tiny_folder)]
-    command += ["--device", "cpu", "--port", str(port)]
-    with subprocess.Popen(command, stderr=log, cwd=ROOT) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: is_ready(url), 2 * DEADLINE)
+    terminal, log = os.openpty()
+    try:
+        with logging_to(log, tiny_folder) as process, requests.Session() as session:
             assert os.get_blocking(log), "the shell's own terminal stays as it was"
-            with requests.Session() as session:
-                for _ in range(400):
-                    session.get(f"{url}/{'x' * 200}", timeout=DEADLINE)
-                assert session.get(url + "/health", timeout=DEADLINE).ok
+            for _ in range(400):
+                session.get(f"{process.url}/{'x' * 200}", timeout=DEADLINE)
+            assert session.get(process.url + "/health", timeout=DEADLINE).ok
             process.send_signal(signal.SIGTERM)
             assert process.wait(DEADLINE) == 0
-        finally:
-            process.kill()
-            os.close(terminal)
-            os.close(log)
+    finally:
+        os.close(terminal)
+        os.close(log)
 
 
 @pytest.mark.parametrize("log", ["no reader", "a full disk"])
 def test_a_log_that_cannot_be_written_stops_nothing(tiny_folder, log):
-    port, (reader, pipe) = free_port(), os.pipe()
+    reader, pipe = os.pipe()
     os.close(reader)
     if log == "a full disk":
         os.close(pipe)
         pipe = os.open("/dev/full", os.O_WRONLY)
-    command = [sys.executable, str(ROOT / "api.py"), "--model", str(tiny_folder)]
-    command += ["--device", "cpu", "--port", str(port), "--drain-timeout", "0"]
-    with subprocess.Popen(command, stderr=pipe, cwd=ROOT) as process:
+    with logging_to(pipe, tiny_folder, "--drain-timeout", "0") as process:
         os.close(pipe)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until(
-                lambda: process.poll() is not None or is_ready(url), 2 * DEADLINE
-            )
-            body = {"prompt": "x", "max_new_tokens": 400, "stream": True}
-            with requests.post(url, json=body, timeout=DEADLINE, stream=True) as answer:
-                assert answer.ok
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(DEADLINE) == 0
-        finally:
-            process.kill()
+        body = {"prompt": "x", "max_new_tokens": 400, "stream": True}
+        with requests.post(
+            process.url, json=body, timeout=DEADLINE, stream=True
+        ) as answer:
+            assert answer.ok
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE) == 0
 
 
 def test_a_long_line_is_written_whole_where_it_is_read(capfd):
@@ -562,10 +558,7 @@ def test_a_format_that_config_json_does_not_name(tiny_folder, tmp_path, tensor, 
 def test_a_format_that_is_not_served_is_a_wrong_start(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     say_in_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
-    command = [sys.executable, "api.py", "--device", "cpu", "--model", str(folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
+    done = ended([str(ROOT / "api.py"), "--device", "cpu", "--model", str(folder)])
     assert done.returncode == api.EXIT_WRONG_START
     assert "quantized as awq" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -9,7 +9,7 @@ import net
 import pytest
 import requests
 import tiny
-from server import begin, is_ready, spawned, wait_until
+from server import begin, forked, is_ready, spawned, wait_until
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more only wait for each other: see tiny.py
 OPTIONS = ("--device", "cpu", "--dtype", "float32", "--max-in-flight", "1")
@@ -24,36 +24,23 @@ def folder(tmp_path_factory):
     return path
 
 
-def serving(folder, *more, **given):
-    return spawned("--model", str(folder), *OPTIONS, *more, **ONE_THREAD, **given)
-
-
 @pytest.fixture
 def start(folder):
+    """Starts one. `how` is `spawned` where it matters how Python and the libraries
+    start."""
     with contextlib.ExitStack() as stack:
-        yield lambda *more, **given: stack.enter_context(
-            serving(folder, *more, **given)
-        )
 
+        def serving(*more, how=forked, **given):
+            options = "--model", str(folder), *OPTIONS, *more
+            return stack.enter_context(how(*options, **ONE_THREAD, **given))
 
-@pytest.fixture(scope="module")
-def patient(folder):
-    """Servers that begin to start together, which takes half the time on two cores; one
-    for each test that does not care about the options."""
-    with contextlib.ExitStack() as stack:
-        limits = "--drain-timeout", "600", "--body-timeout", "600"
-        yield [
-            stack.enter_context(serving(folder, *limits, wait=False)) for _ in range(5)
-        ]
+        yield serving
 
 
 @pytest.fixture
-def server(patient):
-    """One of them, which is ready."""
-    one = patient.pop()
-    wait_until(lambda: one.poll() is not None or is_ready(one.url), 5 * 120)
-    assert one.poll() is None, one.log()
-    return one
+def server(start):
+    """A patient one."""
+    return start("--drain-timeout", "600", "--body-timeout", "600")
 
 
 def health(server):
@@ -134,7 +121,7 @@ threading.Thread(target=threading.Event().wait).start()
 
 def test_leaving_does_not_wait_for_a_thread_that_hangs(start, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(LINGERS)  # Python runs it at its start
-    server = start(PYTHONPATH=str(tmp_path))
+    server = start(how=spawned, PYTHONPATH=str(tmp_path))
     server.terminate()
     assert server.wait(60) == 0
 
@@ -148,7 +135,7 @@ def test_after_a_kill_the_next_start_is_ready_and_nothing_is_left(
 ):
     before = files(folder)
     places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
-    server = start(**places)
+    server = start(how=spawned, **places)
     _, pieces = begin(server.url, ENDLESS)
     server.kill()
     with pytest.raises(requests.exceptions.ChunkedEncodingError):

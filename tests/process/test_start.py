@@ -2,12 +2,10 @@
 """Starting: what a newcomer does wrong ends with one clear line and exit code 2."""
 
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 import requests
 import torch
 from net import DEADLINE
-from server import ROOT, running, spawned
+from server import ROOT, ended, forked, running
 from transformers import AutoTokenizer
 from transformers.generation.continuous_batching import continuous_api
 
@@ -26,15 +24,7 @@ import model_download
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "api.py"), *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=DEADLINE,
-        env=os.environ | environment,
-    )
+    return ended([str(ROOT / "api.py"), *arguments], **environment)
 
 
 def refused(arguments: list[str], **environment: str) -> str:
@@ -179,7 +169,7 @@ def test_by_default_every_address_is_listened_on_and_the_log_says_where(
             return probe.connect_ex((address, process.port)) == 0
 
     arguments = ("--model", str(tiny_folder), "--device", "cpu", *options)
-    with spawned(*arguments) as process:
+    with forked(*arguments) as process:
         assert connects("127.0.0.1")
         assert connects("127.0.0.2") is reached
         lines = process.log().splitlines()
@@ -342,7 +332,7 @@ def test_load_that_fails_ends_the_process(tiny_folder: Path, tmp_path: Path) -> 
     config = json.loads((folder / "config.json").read_text())
     config["model_type"] = "no such type"
     (folder / "config.json").write_text(json.dumps(config))
-    with spawned("--model", str(folder), "--device", "cpu", wait=False) as process:
+    with forked("--model", str(folder), "--device", "cpu", wait=False) as process:
         assert process.wait(DEADLINE) == api.EXIT_LOAD
         assert "cannot be served" in process.log()
         assert "Traceback" not in process.log()
@@ -354,7 +344,7 @@ def test_load_that_fails_names_the_error(tiny_folder: Path, tmp_path: Path) -> N
     """Some say nothing by themselves: KeyError's text is only the key."""
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     (folder / "tokenizer.json").write_text("{}")
-    with spawned("--model", str(folder), "--device", "cpu", wait=False) as process:
+    with forked("--model", str(folder), "--device", "cpu", wait=False) as process:
         assert process.wait(DEADLINE) == api.EXIT_LOAD
         assert "Error: " in process.log()
 

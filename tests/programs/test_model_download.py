@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The download of phi-4 and of the demo model, from hubs and an index on loopback."""
 
+import contextlib
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import preloaded
 import pydantic
 import pytest
 from hub_stub import Hub
@@ -65,35 +67,40 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
+# What each command loads and no setting changes, unlike the clients of the hubs.
+LIBRARIES = "torch", "pydantic_settings"
+Start = Callable[..., contextlib.AbstractContextManager[preloaded.Process]]
+
+
 @pytest.fixture
-def start(tmp_path: Path, hub: Hub) -> Callable[..., subprocess.Popen[str]]:
+def environment(tmp_path: Path, hub: Hub) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+        "MODELSCOPE_ENDPOINT": hub.url,
+        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
+        "HF_ENDPOINT": hub.url,
+    }
+
+
+@pytest.fixture
+def start(tmp_path: Path, environment: dict[str, str]) -> Start:
     """Start model_download.py as a user would, in an empty folder."""
 
-    def start(*options: str, **env: str) -> subprocess.Popen[str]:
-        env = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(tmp_path / "home"),
-            "NO_PROXY": "127.0.0.1",
-            "MODELSCOPE_ENDPOINT": hub.url,
-            "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
-            "HF_ENDPOINT": hub.url,
-            **env,
-        }
-        script = PROJECT / "model_download.py"
-        return subprocess.Popen(
-            [sys.executable, "-W", "error", script, *options],
-            cwd=tmp_path,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(
+        *options: str, **more: str
+    ) -> contextlib.AbstractContextManager[preloaded.Process]:
+        env = environment | more
+        command = [str(PROJECT / "model_download.py"), *options]
+        how = {"folder": tmp_path, "libraries": LIBRARIES, "strict": True}
+        return preloaded.talking(command, env, **how)
 
     return start
 
 
 @pytest.fixture
-def ended(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., tuple]:
+def ended(start: Start) -> Callable[..., tuple]:
     """Run model_download.py to its end; return exit code, output and errors."""
 
     def ended(*options: str, **env: str) -> tuple[int, str, str]:
@@ -138,11 +145,16 @@ def failure(ended: Callable[..., tuple]) -> Callable[..., str]:
 
 @both_hubs
 def test_download_takes_what_is_needed(
-    source: str, hub: Hub, download: Callable[..., str], tmp_path: Path
+    source: str, hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
+    """In an ordinary process; those of the other tests begin with LIBRARIES."""
     unwanted = ["README.md", "pytorch_model.bin", "x.png", "onnx/model.safetensors"]
     hub.files |= dict.fromkeys(unwanted, b"not needed")
-    output = download("--source", source)
+    script = PROJECT / "model_download.py"
+    command = [sys.executable, "-W", "error", script, "--source", source]
+    output = subprocess.check_output(
+        command, cwd=tmp_path, env=environment, text=True, timeout=60
+    )
     folder = tmp_path / FOLDER
     assert "\n    python api.py\n" in output
     assert missing_files(folder) == []
@@ -212,7 +224,7 @@ def test_dropped_connection_is_continued(
 def test_ctrl_c_then_resume(
     source: str,
     hub: Hub,
-    start: Callable[..., subprocess.Popen[str]],
+    start: Start,
     download: Callable[..., str],
     tmp_path: Path,
 ) -> None:

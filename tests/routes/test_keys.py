@@ -7,7 +7,7 @@ import secrets
 import pytest
 import requests
 from net import free_port
-from server import running, spawned, wait_until
+from server import forked, running, wait_until
 
 import api
 
@@ -193,7 +193,7 @@ def test_prompts_and_answers_are_logged_at_debug_level(server, caplog, path):
 
 
 def test_the_real_log_has_one_line_for_a_request(tiny_folder):
-    with spawned("--model", str(tiny_folder), "--device", "cpu") as process:
+    with forked("--model", str(tiny_folder), "--device", "cpu") as process:
         for _ in range(2):
             requests.post(process.url + "/?q=private", json=PRIVATE, timeout=60)
         wait_until(lambda: process.log().count("total=") == 2)

@@ -16,6 +16,7 @@ import tiny
 from net import events, told
 from server import Running, running, wait_until
 
+import api
 import model_download
 
 V1 = "/v1/chat/completions"
@@ -84,7 +85,10 @@ def ask(server: Running, **body: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return choice["message"], answer
 
 
-def test_thinking_and_answer_come_apart(thinker: Running, say: Any) -> None:
+def test_thinking_and_answer_come_apart(
+    thinker: Running, say: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "PING_SECONDS", 0.2)  # some events come with a ping only
     say(*THOUGHT)
     message, answer = ask(thinker)
     assert message["reasoning_content"] == REASONING
@@ -104,7 +108,10 @@ def test_thinking_and_answer_come_apart(thinker: Running, say: Any) -> None:
     assert ": thinking" in kinds  # a stream that says nothing for long is closed
 
 
-def test_thinking_is_sent_as_it_is_made(thinker: Running, say: Any) -> None:
+def test_thinking_is_sent_as_it_is_made(
+    thinker: Running, say: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "PING_SECONDS", 0.2)
     say(*THOUGHT)
     deltas = []
     with thinker.gate as gate, thinker.stream("x", V1) as stream:
@@ -346,12 +353,13 @@ def test_sampling_is_the_folders(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_default_of_new_tokens(folder: Path, thinker: Running) -> None:
     """Far more than 512 for a model that thinks, unless the settings say so."""
-    done = thinker.post("x")
+    done = thinker.post("x" * 1300)
     assert done.headers["X-Finish-Reason"] == "length"
     tokens = int(done.headers["X-Completion-Tokens"])
+    assert tokens > 600
     assert tokens + int(done.headers["X-Prompt-Tokens"]) == 2048
-    with running(model=folder, max_new_tokens=512) as server:
-        assert server.post("x").headers["X-Completion-Tokens"] == "512"
+    with running(model=folder, max_new_tokens=100) as server:
+        assert server.post("x").headers["X-Completion-Tokens"] == "100"
 
 
 def test_defaults_without_accidents(

@@ -306,10 +306,9 @@ def test_text_that_shares_an_event_does_not_wait_for_the_next(
     say(b"one ", b"two ", b"three")
     monkeypatch.setattr(api, "MAX_EVENTS_PER_SECOND", 5)
     with counting.gate as gate:
-        gate.close()
-        stream = counting.stream(max_new_tokens=3)
         gate.allow(2)
         begun, seen = time.monotonic(), b""
+        stream = counting.stream(max_new_tokens=3)
         for chunk in stream.iter_content(None):
             seen += chunk
             if b"two" in seen:

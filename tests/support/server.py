@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import overlap
+import preloaded
 import requests
 import uvicorn
 from net import DEADLINE, free_port
@@ -320,18 +321,37 @@ def spawned(
     *arguments: str, wait: bool = True, launcher: tuple = (), **environment: str
 ) -> Iterator[Any]:
     """`python LAUNCHER api.py ARGUMENTS` as a user starts it; has `.url`, `.log()`."""
-    port = free_port()
-    command = [sys.executable, *launcher, str(ROOT / "api.py")]
-    command += ["--port", str(port), *arguments]
-    log = ROOT / "tests" / f".spawned-{port}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
+
+    def start(command: list[str], log: Any) -> Any:
+        return subprocess.Popen(
+            [sys.executable, *launcher, *command],
+            stdout=log,
+            stderr=log,
             env=os.environ | environment,
             cwd=ROOT,
         )
+
+    yield from started(start, arguments, wait)
+
+
+@contextlib.contextmanager
+def forked(*arguments: str, wait: bool = True, **environment: str) -> Iterator[Any]:
+    """The same in a fraction of the time, for tests of what a process does once it has
+    loaded its libraries: see preloaded.py."""
+
+    def start(command: list[str], log: Any) -> Any:
+        number = log.fileno()
+        return preloaded.start(command, number, number, os.environ | environment)
+
+    yield from started(start, arguments, wait)
+
+
+def started(start: Callable, arguments: tuple[str, ...], wait: bool) -> Iterator[Any]:
+    port = free_port()
+    log = ROOT / "tests" / f".spawned-{port}.log"
+    with log.open("w") as output:
+        own = str(ROOT / "api.py"), "--port", str(port)
+        process = start([*own, *arguments], output)
     process.url = f"http://127.0.0.1:{port}"
     process.port = port
     process.log = log.read_text
@@ -348,3 +368,11 @@ def spawned(
         process.kill()
         process.wait()
         log.unlink()
+
+
+def ended(command: list[str], **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What such a process, which ends by itself, has printed, and its exit code; the
+    command is as `preloaded.start` has it."""
+    with preloaded.talking(command, os.environ | environment) as process:
+        output = process.communicate(DEADLINE)
+        return subprocess.CompletedProcess(command, process.returncode, *output)
