@@ -308,8 +308,9 @@ def test_the_same_bitsandbytes_is_named(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_download, "named_format", lambda _: "bitsandbytes 4-bit")
     with pytest.raises(ValueError) as told:
-        settings = api.Settings(model=tiny_folder, device="cpu", quantize="int8")
+        settings = api.Settings(model=tiny_folder, device="cpu")
         model_download.preflight(settings)
     named = re.search(r"pip install bitsandbytes==[\d.]+", str(told.value))
     assert named and named[0] in README

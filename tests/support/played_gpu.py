@@ -28,7 +28,6 @@ SMALL = {
     "MAX_GRAPH_TOKENS": 64,
     "GRAPH_STEP": 16,
     "CUDNN_MIN_TOKENS": 80,
-    "CUDNN_MULTIPLE": 32,
     "DECODE_PROGRAMS": 8,
     "CHUNK": 16,
     "BLOCK": 16,
@@ -123,6 +122,15 @@ class CpuRunner(api.FlashRunner):
         return found
 
 
+torch_compile = torch.compile
+
+
+def compile_all_but_unpack(function: Any, **options: Any) -> Any:
+    if function is model_download.unpack:
+        return function
+    return torch_compile(function, **options)
+
+
 @contextlib.contextmanager
 def playing() -> Iterator[pytest.MonkeyPatch]:
     """For as long as it lasts. What install_patches sets stays set: it is undone."""
@@ -134,6 +142,8 @@ def playing() -> Iterator[pytest.MonkeyPatch]:
         for name, value in SMALL.items():
             patch.setattr(api, name, value)
         patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        # The library's compiler for CPUs would be loaded for it, in seconds.
+        patch.setattr(torch, "compile", compile_all_but_unpack)
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         nothing = lambda *_, **__: None
         patch.setattr(initialization, "ensure_decode_fast_path_is_available", nothing)
