@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the demo model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="bfloat16", help="of the server")
-    parser.add_argument("--quantize", default="none", help="none, int8 or int4")
+    parser.add_argument("--quantize", default="none", help="none, fp8, int8 or int4")
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--longest", type=int, default=8192, help="tokens in all")
     parser.add_argument("--cache-tokens", type=int, default=20480)
