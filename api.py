@@ -1725,7 +1725,7 @@ def install_patches(device: torch.device) -> str:
         return "sdpa"
     FlashRunner.compiles = model_download.can_compile()
     if FlashRunner.compiles:
-        FlashRunner.unpack = torch.compile(model_download.unpack, dynamic=True)
+        FlashRunner.unpack = torch.compile(model_download.unpack, dynamic=False)
     else:
         logger.warning("no gcc, Python headers or Triton: a fifth slower or more")
     # The library looks whether flash attention of this name is loaded, and whether it
