@@ -523,10 +523,7 @@ def unpack(weight: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     if weight.dtype == torch.uint8:
-        # Not torch.tensor: what comes from the host cannot be in a CUDA graph.
-        shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=weight.device)
-        halves = weight.unsqueeze(1) >> shifts.unsqueeze(1) & 15
-        weight = halves.flatten(1).float() - 8
+        weight = torch.cat((weight & 15, weight >> 4), 1).float() - 8
     groups = weight.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2).float()
     return groups.flatten(1).bfloat16()
 
