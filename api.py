@@ -186,16 +186,9 @@ class Engine:
         thread sleep at every barrier."""
         settings = self.settings
         self.device = device = model_download.preflight(settings)
-        gpu, dtype = device.type == "cuda", settings.dtype
-        memory = torch.cuda.mem_get_info(device)[1] / 2**30 if gpu else 0
-        # torchrun's processes have to agree, and their cards may differ.
-        settings.resolve(memory if WORLD_SIZE == 1 else 48 * gpu)
-        if dtype == "auto":
-            # CPUs that multiply bfloat16 are faster with it, others far slower.
-            fast = gpu or torch.cpu._is_avx512_bf16_supported()
-            dtype = "bfloat16" if fast else "float32"
+        settings.resolve(model_download.gpu_gib(device))
         folder = model_download.demo_model() if settings.demo else settings.model
-        logger.info("loading %s on %s as %s", folder, device, dtype)
+        logger.info("loading %s on %s as %s", folder, device, settings.dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.loop_tokenizer = tokenizer
         # A tokenizer is not thread-safe.
@@ -208,7 +201,7 @@ class Engine:
         attention = install_patches(device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=settings.dtype,
             attn_implementation=attention,
             device_map=device if WORLD_SIZE == 1 else None,
             distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
@@ -1585,12 +1578,17 @@ class Linear(nn.Linear):
         rows, scale = x[0], None
         if self.weight.dtype == torch.float8_e4m3fn:
             rows, scale = model_download.round_to_fp8(rows)
-        return linear(rows, self.weight, scale, self.weight_scale)[None]
+        out = linear(rows, self.weight, scale, self.weight_scale)[None]
+        return out if self.bias is None else out + self.bias
+
+
+USUAL_LAYERS = "Phi3DecoderLayer", "LlamaDecoderLayer"
 
 
 def compute_last_layer(layer: nn.Module, x: Tensor, **options: Any) -> Tensor:
-    """The last layer's forward, which drops all rows behind attention but those whose
-    logits are wanted: a prompt's last. x is (1, tokens, features)."""
+    """The last layer's forward, if it is one of USUAL_LAYERS, which drops all rows behind
+    attention but those whose logits are wanted: a prompt's last. x is (1, tokens,
+    features)."""
     rows = options["logits_indices"]
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **options)
     x = x[:, rows] + layer.o_proj(attended[:, rows])
@@ -1662,9 +1660,10 @@ class FlashRunner(Runner):
         parts = cut_into_parts(shape, cu_seqlens, *heads)
         forward_context.set(ForwardContext(shape, page_size, *tensors, *parts))
         # `attend` writes the cache: given to the layers, the library's own would write
-        # it again, and break the compiled layer in two. What is left of the last layer
-        # are the wanted logits' rows.
-        batch_data = batch_data | {"cache": None, "logits_to_keep": 0}
+        # it again, and break the compiled layer in two.
+        batch_data = batch_data | {"cache": None}
+        if hasattr(model.model.layers[-1], "o_proj"):  # keeps the wanted logits' rows
+            batch_data["logits_to_keep"] = 0
         super()._forward_process_and_sample(model, batch_data, *token_ids)
 
     def warmup(self, model: nn.Module) -> None:
@@ -1681,7 +1680,7 @@ class FlashRunner(Runner):
                 if type(module) is nn.Linear and WORLD_SIZE == 1:
                     module.__class__, module.weight_scale = Linear, None
         last = layers[-1]
-        if not hasattr(last, "o_proj"):
+        if type(last).__name__ in USUAL_LAYERS and not hasattr(last, "o_proj"):
             last.o_proj, last.self_attn.o_proj = last.self_attn.o_proj, nn.Identity()
             last.forward = MethodType(compute_last_layer, last)
         for layer in layers:

@@ -559,13 +559,15 @@ def rounding(kind: str, linear: type) -> Any:
 
     class Quantizer(HfQuantizer):
         is_serializable = is_trainable = False
-        quantized_element_size = 0.5 if kind == "int4" else 1
+        quantized_element_size = 1
 
         def _process_model_before_weight_loading(
             self, model: Any, **options: Any
         ) -> None:
             for module in model.model.modules():
                 if type(module) is torch.nn.Linear:
+                    if kind == "int4" and module.in_features % (2 * INT4_GROUP):
+                        raise ValueError(f"--quantize int4 cannot halve {module}")
                     module.__class__ = linear
                     rounded = ROUND[kind](module.weight.to("meta"))
                     for name, value in zip(
@@ -667,7 +669,7 @@ def _check_shape(path: Path) -> None:
 
 
 def preflight(settings: Any) -> "torch.device":
-    """The device on which api.py serves with these settings.
+    """The device on which api.py serves with these settings, whose dtype this chooses.
 
     Raises ValueError for what can be known to fail before loading.
     """
@@ -693,6 +695,13 @@ def preflight(settings: Any) -> "torch.device":
         device = "cpu" if on_cpu else f"cuda:{RANK}"
     if device != "cpu":
         _check_gpu(device, settings, method)
+    needs_bfloat16 = device != "cpu" or method in (FP8_ROWS, *ROUND)
+    if needs_bfloat16 and settings.dtype == "float32":
+        raise ValueError("--dtype float32 is for --device cpu, and not for --quantize")
+    if settings.dtype == "auto":
+        # CPUs that multiply bfloat16 are faster with it, others far slower.
+        fast = needs_bfloat16 or torch.cpu._is_avx512_bf16_supported()
+        settings.dtype = "bfloat16" if fast else "float32"
     return torch.device(device)
 
 
@@ -825,14 +834,22 @@ def _check_gpu(device: str, settings: Any, method: str | None) -> None:
     except (AssertionError, RuntimeError) as error:
         why = f"{device} with torch {torch.__version__}: {str(error).splitlines()[0]}"
         raise ValueError(f"{why}\n{_which_torch(str(error))}") from error
-    if settings.dtype == "float32":
-        raise ValueError("--dtype float32 is for --device cpu")
     files = [] if settings.demo else settings.model.glob("*.safetensors")
     weights = sum(file.stat().st_size for file in files) / WORLD_SIZE
     weights *= QUANTIZED_SIZE[settings.quantize]
     needed, free = weights / 2**30 + 2, torch.cuda.mem_get_info(device)[0] / 2**30
     if free < needed:
         raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
+
+
+def gpu_gib(device: "torch.device") -> float:
+    """The memory of a GPU, 0 for a CPU. torchrun's processes have to agree, and their
+    cards may differ: there it is 48."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    return 48 if WORLD_SIZE > 1 else torch.cuda.mem_get_info(device)[1] / 2**30
 
 
 TORCH_INDEX = "https://download.pytorch.org/whl/"

@@ -130,6 +130,8 @@ def test_which_matrices_are_the_kernels(
     matrix = type("Matrix", (), {"__len__": lambda self: self.shape[0]})
     x, weight = matrix(), matrix()
     x.is_cuda, x.shape, weight.shape = True, (rows, depth), (columns, depth)
+    if kind == torch.uint8:
+        x.shape = (rows, 2 * depth)
     x.itemsize, weight.dtype = 2, kind
     api.linear._init_fn(x, weight, None, None)
     assert called == ["ours" if ours else "the library's"]
@@ -171,7 +173,7 @@ for (capability, room), (kind, dtype) in itertools.product(cards, kinds):
         continue
     properties = SimpleNamespace(shared_memory_per_block_optin=room)
     torch.cuda.get_device_properties = lambda device: properties
-    for rows in (1, 32, 64):
+    for rows in (1, 32, 64, 200):
         x, scale = torch.empty(rows, 256).to(dtype if float8 else torch.bfloat16), None
         weight = torch.zeros(64, 128 if kind == "*u8" else 256).to(dtype)
         if dtype.itemsize == 1:
@@ -219,6 +221,9 @@ def test_it_compiles_for_cards_of_phi4() -> None:
     lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     for capability, (kib, stages) in CARDS.items():
         made = [line[1:] for line in lines if line[0] == capability]
-        assert len(made) == (9 if capability < 89 else 12)
+        assert len(made) == (12 if capability < 89 else 16)
         assert max(shared for shared, _ in made) <= kib * 1024
         assert made[2][1] == stages
+        found = [count for _, count in made]
+        assert found[-8:-4] == [4, 4, 4, 4]  # int8: more gain nothing
+        assert found[-4:] == ([3, 3, 2, 2] if kib == 99 else [3, 3, 3, 3])  # int4

@@ -20,7 +20,7 @@ E4M3 = torch.float8_e4m3fn
 
 @pytest.mark.parametrize(
     ("kind", "stored", "error"),
-    [("int8", torch.int8, 0.012), ("int4", torch.uint8, 0.13)],
+    [("int8", torch.int8, 0.012), ("int4", torch.uint8, 0.095)],
 )
 def test_served_with_fewer_bits(
     tiny_folder: Path, kind: str, stored: torch.dtype, error: float
@@ -71,6 +71,60 @@ def test_rounding_is_undone_within_half_a_step(kind: str) -> None:
     torch.testing.assert_close(
         found.abs().unflatten(1, (groups, -1)).amax(2), largest, rtol=0.01, atol=0
     )
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+def test_it_is_bfloat16_that_is_rounded(
+    tiny_folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a CPU that is faster in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    options = {"model": tiny_folder, "device": "cpu", "quantize": kind}
+    settings = api.Settings(**options)
+    model_download.preflight(settings)
+    assert settings.dtype == "bfloat16"
+    plain = api.Settings(model=tiny_folder, device="cpu")
+    model_download.preflight(plain)
+    assert plain.dtype == "float32"
+    with pytest.raises(ValueError, match="not for --quantize"):
+        model_download.preflight(api.Settings(**options, dtype="float32"))
+
+
+def small_qwen(**sizes: int) -> transformers.PreTrainedModel:
+    config = transformers.Qwen2Config(
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        **{"hidden_size": 64, "intermediate_size": 128, **sizes},
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+
+
+def test_a_bias_is_kept(tmp_path: Path) -> None:
+    """phi-4 has none; models of other families have."""
+    model = small_qwen()
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.bias.data.uniform_(-9, 9)
+    model.save_pretrained(tmp_path)
+    quantizer = model_download.rounding("int8", api.Linear)
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype="bfloat16", quantization_config=quantizer
+    )
+    asked = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        exact, found = (m(asked).logits.float() for m in (model, rounded))
+    assert type(rounded.model.layers[0].self_attn.v_proj) is api.Linear
+    assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_features_that_have_no_halves_are_named(tmp_path: Path) -> None:
+    small_qwen(intermediate_size=96).save_pretrained(tmp_path)
+    quantizer = model_download.rounding("int4", api.Linear)
+    with pytest.raises(ValueError, match=r"int4 cannot halve Linear\(in_features=96"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype="bfloat16", quantization_config=quantizer
+        )
 
 
 def test_what_cannot_be_quantized_is_refused(

@@ -175,7 +175,11 @@ def plain_model(layers: int = 3, context: int = 320) -> transformers.PreTrainedM
         bos_token_id=1,
         eos_token_id=2,
     )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # or one would be as good as another
+            parameter.data.uniform_(0.5, 1.5)
+    return model
 
 
 def install(
