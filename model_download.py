@@ -695,7 +695,8 @@ def preflight(settings: Any) -> "torch.device":
         device = "cpu" if on_cpu else f"cuda:{RANK}"
     if device != "cpu":
         _check_gpu(device, settings, method)
-    needs_bfloat16 = device != "cpu" or method in (FP8_ROWS, *ROUND)
+    rounds = settings.quantize != "none" or method == FP8_ROWS
+    needs_bfloat16 = device != "cpu" or rounds
     if needs_bfloat16 and settings.dtype == "float32":
         raise ValueError("--dtype float32 is for --device cpu, and not for --quantize")
     if settings.dtype == "auto":
