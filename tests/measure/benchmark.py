@@ -754,11 +754,14 @@ def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def draw(source: Path, target: Path) -> None:
-    """Draw tokens/s over clients from a results file."""
+    """Draw tokens/s over clients from a results file; or how much faster this server is
+    from a file that has figures of another beside its own."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     results = json.loads(source.read_text())
+    if "beside" in results:
+        return draw_beside(results, target)
     rows = [r for r in results["table"] if r.get("workload", "equal") == "equal"]
     figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -814,6 +817,38 @@ def draw(source: Path, target: Path) -> None:
     axes.set_title(describe(results).replace("; ", "\n"), fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    figure.savefig(target)
+
+
+def draw_beside(results: dict[str, Any], target: Path) -> None:
+    """Draw a bar for each workload: times as fast as the other server, which is 1."""
+    from matplotlib.figure import Figure
+
+    rows = results["beside"][::-1]
+    figure = Figure(figsize=(8, 0.8 + 0.34 * len(rows)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for y, row in enumerate(rows):
+        faster = row["ours"] / row["theirs"]
+        if row["unit"] != "tokens/s":  # a time
+            faster = 1 / faster
+        color = "tab:blue" if faster >= 1 else "tab:orange"
+        axes.barh(y, faster - 1, left=1, height=0.6, color=color)
+        text = f"{row['ours']:,} against {row['theirs']:,} {row['unit']}"
+        axes.annotate(
+            text,
+            (max(faster, 1), y),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axes.axvline(1, color="0.3", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["workload"] for row in rows])
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.95), high + 0.4 * (high - low))
+    axes.set_xlabel("times as fast")
+    figure.suptitle(results["title"], fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target)
 
 

@@ -233,6 +233,19 @@ def test_the_chart_is_drawn_from_the_file(tmp_path: Path) -> None:
     assert target.stat().st_size > 10_000
 
 
+def test_what_is_drawn_beside_vllm_is_what_the_readme_says(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    root, target = Path(__file__).parents[2], tmp_path / "chart.png"
+    source = root / "tests" / "results" / "vllm.json"
+    benchmark.main(["--chart", str(source), str(target)])
+    assert target.stat().st_size > 10_000
+    readme = (root / "README.md").read_text()
+    table = readme[readme.index("| Workload | This server") :]
+    for row in json.loads(source.read_text())["beside"]:
+        for number in row["ours"], row["theirs"]:
+            assert re.search(rf"[ ,]{number}\b", table[:3000]), row
+
+
 def gpu_results() -> dict[str, Any]:
     """Results as from a GPU machine, before they are summed up."""
     step = {"between_tokens_p50_s": 0.01, "memory_gib": 3.0, "gpu_memory_gib": 70.0}
