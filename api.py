@@ -1462,11 +1462,11 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
     return attend(q.contiguous(), kv, module.kv_cache, scale)[None], None
 
 
-# Few rows read all weights and do little else: up to MAX_FEW_ROWS of them our kernel
-# multiplies 4 to 6% faster than cuBLASLt, and float8 by 12 to 22%. For the library,
-# integers are unpacked in each step, which pays above MAX_PACKED_ROWS. A program computes
-# COLUMNS columns of MAX_FEW_ROWS rows or fewer, and looks at DEPTH_BYTES of each row of x
-# together, at most MAX_STAGES ahead, or 6. Measured on an H100.
+# With few rows, most of the time goes into reading the weights. Up to MAX_FEW_ROWS rows
+# our kernel is 3 to 6% faster than cuBLASLt, and in float8 by 12 to 22%. Integers it
+# multiplies up to MAX_PACKED_ROWS; with more, unpacking them in each step is faster. A
+# program computes COLUMNS columns of at most MAX_FEW_ROWS rows. It reads DEPTH_BYTES of
+# each row of x at a time, up to 6 times ahead, or MAX_STAGES. Measured on an H100.
 MAX_FEW_ROWS, MAX_PACKED_ROWS, COLUMNS, DEPTH_BYTES = 64, 256, 64, 256
 MAX_STAGES = {torch.int8: 4, torch.uint8: 3}
 
@@ -1475,8 +1475,9 @@ MAX_STAGES = {torch.int8: 4, torch.uint8: 3}
 def unpack_half_bytes(
     half_bytes: "Tensor", scales: "Tensor", DEPTH: tl.constexpr, GROUP: tl.constexpr
 ) -> "Tensor":
-    """Weights in bfloat16, of (columns, DEPTH) numbers from 0 to 15; `scales` points to
-    the first of each column. 0x4300 is 128, to which its last bits are added."""
+    """Weights in bfloat16 of numbers from 0 to 15, (columns, DEPTH); `scales` points to
+    the first scale of each column. In bfloat16, 0x4300 is 128; with a number in its last
+    bits it is 128 + number, and 136 less is -8 to 7."""
     number = (half_bytes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
     scale = tl.load(scales[:, None] + tl.arange(0, DEPTH // GROUP))[:, :, None]
     scale = tl.broadcast_to(scale, [scale.shape[0], DEPTH // GROUP, GROUP])
@@ -1498,8 +1499,9 @@ def multiply_few_rows(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,  # weights of 4 bits that share a scale; 0: a column's do, if any
 ) -> None:
-    """Some rows and columns of x @ weight.T. They are computed as columns and rows, since
-    a matrix unit takes 64 of the ones at once, and 8 of the others."""
+    """Some rows and columns of x @ weight.T, computed transposed: a matrix unit takes 64
+    rows of its first operand at least, but only 8 columns of its second. So the few rows
+    are the second."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     is_row = row < num_rows
@@ -1549,7 +1551,8 @@ def linear(
     x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None
 ) -> Tensor:
     """x @ weight.T in bfloat16, (tokens, out_features), of (tokens, in_features) and
-    weights as model_download.ROUND gives them; of float8, x has a scale for each token."""
+    weights as model_download.ROUND gives them. With weights in float8 x is, too, and
+    x_scale has a scale for each token."""
     is_integer = weight.dtype in (torch.int8, torch.uint8)
     most = MAX_PACKED_ROWS if is_integer else MAX_FEW_ROWS
     fits = not (len(weight) % COLUMNS or weight.shape[1] * x.itemsize % DEPTH_BYTES)
@@ -1571,8 +1574,8 @@ def _(x: Tensor, weight: Tensor, *scales: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Of the layers, with weights in bfloat16 or as --quantize rounds them. With those in
-    float8, what comes in is rounded, too."""
+    """A linear layer of a decoder layer. Its weights are bfloat16, or as --quantize rounds
+    them. If they are float8, its input is rounded, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = x[0], None
@@ -1586,9 +1589,9 @@ USUAL_LAYERS = "Phi3DecoderLayer", "LlamaDecoderLayer"
 
 
 def compute_last_layer(layer: nn.Module, x: Tensor, **options: Any) -> Tensor:
-    """The last layer's forward, if it is one of USUAL_LAYERS, which drops all rows behind
-    attention but those whose logits are wanted: a prompt's last. x is (1, tokens,
-    features)."""
+    """The forward pass of the last layer, if it is one of USUAL_LAYERS. Behind attention
+    it keeps only the rows whose logits are wanted: of a prompt, the last one. x is
+    (1, tokens, features)."""
     rows = options["logits_indices"]
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **options)
     x = x[:, rows] + layer.o_proj(attended[:, rows])
@@ -1621,7 +1624,8 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
 
 
 class FlashRunner(Runner):
-    """Runs steps in a few fixed shapes, all of them prepared by `warmup`."""
+    """Runs steps of up to MAX_GRAPH_TOKENS tokens as CUDA graphs of a few shapes, which
+    `warmup` captures. Larger steps run as they come."""
 
     compiles = True  # the layers, and the kernels
     unpack = staticmethod(model_download.unpack)
@@ -1662,7 +1666,7 @@ class FlashRunner(Runner):
         # `attend` writes the cache: given to the layers, the library's own would write
         # it again, and break the compiled layer in two.
         batch_data = batch_data | {"cache": None}
-        if hasattr(model.model.layers[-1], "o_proj"):  # keeps the wanted logits' rows
+        if hasattr(model.model.layers[-1], "o_proj"):  # it has picked the rows already
             batch_data["logits_to_keep"] = 0
         super()._forward_process_and_sample(model, batch_data, *token_ids)
 
@@ -1726,7 +1730,7 @@ def install_patches(device: torch.device) -> str:
     if FlashRunner.compiles:
         FlashRunner.unpack = torch.compile(model_download.unpack, dynamic=False)
     else:
-        logger.warning("no gcc, Python headers or Triton: a fifth slower or more")
+        logger.warning("no gcc, Python headers or Triton: slower by a fifth or more")
     # The library looks whether flash attention of this name is loaded, and whether it
     # has a function that reads pages; it calls the one that is registered.
     flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn

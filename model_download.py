@@ -473,8 +473,9 @@ RANK = int(os.environ.get("RANK", "0")) % WORLD_SIZE
 INSTALL_BITSANDBYTES = "pip install bitsandbytes==0.50.2"
 # Of the weights' size in bfloat16; the embedding and the output layer stay as they are.
 QUANTIZED_SIZE = {"none": 1.0, "fp8": 0.54, "int8": 0.54, "int4": 0.34}
-# Of weights that others have quantized: they need no further package, and no kernel from
-# a hub. "fp8", in blocks, becomes the dtype at loading; "fp8 rows" are --quantize fp8's.
+# Weights that others have quantized and that are served: none needs a kernel from a hub,
+# and only bitsandbytes' a package. "fp8", in blocks, is turned into the dtype while it
+# loads; "fp8 rows" are served as --quantize fp8 is.
 FP8_ROWS = "fp8 rows"
 SERVED_FORMATS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "fp8", FP8_ROWS)
 
@@ -483,7 +484,9 @@ def round_to_fp8(x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     """(rows, features) in float8 (e4m3), and the scales of the rows, (rows, 1)."""
     import torch
 
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448  # its largest
+    scale = (
+        x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448
+    )  # e4m3's largest
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -500,9 +503,9 @@ INT4_GROUP = 32  # weights that share a scale
 
 def round_to_int4(x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     """(rows, features) as numbers from -8 to 7, and the scales of groups, (rows, features
-    / INT4_GROUP) in bfloat16. A group's largest is -8 times its scale, which may be below
-    0. A byte has 8 more than two of them: one of the row's first half, and above it one
-    of the second. Raises RuntimeError for features that are no multiple of INT4_GROUP."""
+    / INT4_GROUP) in bfloat16. A group's largest weight becomes -8, so its scale may be
+    below 0. A byte holds two numbers, each plus 8: in its low bits one of the row's first
+    half, in its high bits the one at the same place of the second half. Raises RuntimeError for features that are no multiple of INT4_GROUP."""
     import torch
 
     groups = x.float().unflatten(1, (-1, INT4_GROUP))
@@ -543,7 +546,7 @@ def quantization(settings: Any, linear: type) -> dict[str, Any]:
 
 
 def rounding(kind: str, linear: type) -> Any:
-    """Have transformers turn the linear layers, but the last, into `linear`, which has a
+    """Have transformers turn all linear layers but the output layer into `linear`, with a
     `weight_scale`, and round each weight when it has come to the device. Returns the
     configuration to ask for it."""
     import torch
@@ -836,16 +839,18 @@ def _check_gpu(device: str, settings: Any, method: str | None) -> None:
         why = f"{device} with torch {torch.__version__}: {str(error).splitlines()[0]}"
         raise ValueError(f"{why}\n{_which_torch(str(error))}") from error
     files = [] if settings.demo else settings.model.glob("*.safetensors")
-    weights = sum(file.stat().st_size for file in files) / WORLD_SIZE
+    weights = sum(file.stat().st_size for file in files)
     weights *= QUANTIZED_SIZE[settings.quantize]
+    weights *= 0.25 + 0.75 / WORLD_SIZE  # the MLPs are split, three quarters of phi-4
     needed, free = weights / 2**30 + 2, torch.cuda.mem_get_info(device)[0] / 2**30
     if free < needed:
-        raise ValueError(f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free")
+        why = f"{device}: {needed:.0f} GiB needed, {free:.0f} GiB free"
+        raise ValueError(f"{why}; --quantize needs less: see README")
 
 
 def gpu_gib(device: "torch.device") -> float:
-    """The memory of a GPU, 0 for a CPU. torchrun's processes have to agree, and their
-    cards may differ: there it is 48."""
+    """The memory of a GPU, 0 for a CPU. Under torchrun it is always 48: the processes have
+    to choose the same defaults, and their cards may differ."""
     import torch
 
     if device.type != "cuda":

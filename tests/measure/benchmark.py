@@ -846,7 +846,7 @@ def draw_beside(results: dict[str, Any], target: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["workload"] for row in rows])
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.95), high + 0.4 * (high - low))
-    axes.set_xlabel("times as fast")
+    axes.set_xlabel("times as fast (1.0: equal)")
     figure.suptitle(results["title"], fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target)
