@@ -480,13 +480,16 @@ FP8_ROWS = "fp8 rows"
 SERVED_FORMATS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "fp8", FP8_ROWS)
 
 
+def row_scales(x: "torch.Tensor", largest: int) -> "torch.Tensor":
+    """What (rows, features) are divided by for `largest` to be the largest, (rows, 1)."""
+    return x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / largest
+
+
 def round_to_fp8(x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     """(rows, features) in float8 (e4m3), and the scales of the rows, (rows, 1)."""
     import torch
 
-    scale = (
-        x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448
-    )  # e4m3's largest
+    scale = row_scales(x, 448)  # the largest number of e4m3
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -494,7 +497,7 @@ def round_to_int8(x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     """(rows, features) as integers, and the scales of the rows, (rows, 1)."""
     import torch
 
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 127
+    scale = row_scales(x, 127)
     return (x / scale).round().to(torch.int8), scale
 
 
@@ -505,7 +508,8 @@ def round_to_int4(x: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     """(rows, features) as numbers from -8 to 7, and the scales of groups, (rows, features
     / INT4_GROUP) in bfloat16. A group's largest weight becomes -8, so its scale may be
     below 0. A byte holds two numbers, each plus 8: in its low bits one of the row's first
-    half, in its high bits the one at the same place of the second half. Raises RuntimeError for features that are no multiple of INT4_GROUP."""
+    half, in its high bits the one at the same place of the second half. Raises
+    RuntimeError for features that are no multiple of INT4_GROUP."""
     import torch
 
     groups = x.float().unflatten(1, (-1, INT4_GROUP))
@@ -533,7 +537,7 @@ def unpack(weight: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
 
 def quantization(settings: Any, linear: type) -> dict[str, Any]:
     """What `from_pretrained` takes to round the weights as settings say, or to load what
-    a folder has in float8. `linear` is of `Quantizer`."""
+    a folder has in float8. `linear` is as for `rounding`."""
     if settings.quantize != "none":
         return {"quantization_config": rounding(settings.quantize, linear)}
     if settings.demo or named_format(settings.model) != FP8_ROWS:

@@ -14,6 +14,7 @@ from played_gpu import (
     create_manager,
     generated,
     gpu_model,
+    install,
     plain_model,
     results,
 )
@@ -105,6 +106,34 @@ def test_every_path_equals_generate(
     # A context that is shorter than the largest step.
     served.config.max_position_embeddings = 48
     assert answers(served, [prompts[1], prompts[3]], sampled=(0, 1)) == alone
+
+
+def test_a_layer_that_computes_otherwise_keeps_its_forward(
+    played_gpu: pytest.MonkeyPatch,
+) -> None:
+    """Granite's multiplies what it adds: the last layer is not cut there."""
+
+    def model() -> transformers.PreTrainedModel:
+        torch.manual_seed(0)
+        config = transformers.GraniteConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=200,
+            max_position_embeddings=320,
+            residual_multiplier=0.22,
+            initializer_range=0.3,
+            eos_token_id=2,
+        )
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    rng = random.Random(5)
+    prompts = [[rng.randrange(3, 200) for _ in range(n)] for n in (5, 17, 90, 33)]
+    served = model()
+    served.set_attn_implementation(install(played_gpu))
+    assert answers(served, prompts) == generated(model(), prompts)
 
 
 @pytest.mark.parametrize("longest", [1, 3])

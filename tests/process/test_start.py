@@ -239,6 +239,23 @@ def test_card_that_is_too_small(gpu: dict, tiny_folder: Path) -> None:
         model_download.preflight(api.Settings(model=tiny_folder))
 
 
+def test_a_share_of_the_weights_is_more_than_half(
+    gpu: dict, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of torchrun split only the MLPs."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "large")
+    monkeypatch.setattr(model_download, "check_complete", lambda _: None)
+    monkeypatch.setattr(model_download, "check_format", lambda *_: None)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(20 * 2**30)
+    monkeypatch.setattr(model_download, "WORLD_SIZE", 2)
+    gpu["free"] = 14 * 2**30
+    with pytest.raises(ValueError, match="14 GiB needed, 14 GiB free"):
+        model_download.preflight(api.Settings(model=folder))
+    gpu["free"] = 15 * 2**30
+    assert model_download.preflight(api.Settings(model=folder)).type == "cuda"
+
+
 def test_the_demo_does_not_need_the_room_of_the_other_model(
     gpu: dict, tmp_path: Path
 ) -> None:
