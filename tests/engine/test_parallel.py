@@ -50,7 +50,9 @@ def parts(port: int) -> dict[int, psutil.Process]:
 def split(folder: Path, *more: str) -> Iterator[Any]:
     """A server in two processes; `.parts` are those."""
     arguments = ("--model", str(folder), *OPTIONS, *more)
-    with spawned(*arguments, wait=False, launcher=TORCHRUN) as server:
+    # The log tells where a process crashes, which torchrun does not once it has a signal.
+    options = {"launcher": TORCHRUN, "PYTHONFAULTHANDLER": "1"}
+    with spawned(*arguments, wait=False, **options) as server:
         try:
             wait_until(lambda: "ready: " in server.log() or server.poll(), 120)
             assert server.poll() is None, server.log()
@@ -68,10 +70,10 @@ def server(folder: Path) -> Iterator[Any]:
 
 
 def fail_with_log(server: Any) -> None:
-    """A connection was closed without an answer. Once in hundreds of starts the process
-    is gone then: gloo, which plays the GPUs' network on CPUs, has crashed."""
+    """There was no answer, or no whole one. Once in hundreds of starts a process is gone
+    then: gloo, which plays the GPUs' network on CPUs, has crashed."""
     wait_until(lambda: server.poll() is not None)
-    if "SIGSEGV" in server.log():
+    if "Fatal Python error: Segmentation fault" in server.log():
         pytest.skip("gloo crashed: SIGSEGV")
     raise AssertionError(server.log())
 
@@ -138,7 +140,10 @@ def leave(server: Any, whom: Any, number: int, code: int) -> None:
     _, pieces = begin(server, LONG)
     (server if whom == "all" else server.parts[whom]).send_signal(number)
     wait_until(lambda: "leaving: 1 requests" in server.log())
-    _, last = net.told(b"".join(pieces))
+    stream = b"".join(pieces)
+    if b"event: error" in stream:
+        fail_with_log(server)
+    _, last = net.told(stream)
     assert "history" in last
     assert server.wait(DEADLINE) == code
     assert gone(server)
