@@ -31,16 +31,18 @@ A request takes one path, whichever route it came by: RequestMiddleware, Secured
 reply(), Engine.submit(), the generation thread, Engine.process_outputs(), and back to
 reply(). One thread owns the model; the event loop never waits for it.
 
-The file follows the data: engine, then routes, then the chat page, which asks POST /.
-Then comes a section on the insides of transformers and torch, which a first reading may
-skip, and last the entry points. What goes over the wire stands in py_api.py, below a
-client that shows its use, and last there what a stranger may send. model_download.py has
-the settings, and looks at the folder and at the machine before anything is loaded.
+The file has the engine first, then the routes that call it and the chat page, which is a
+client of POST /. A section on the insides of transformers and torch follows, which a
+first reading may skip. The entry points come last. py_api.py has a small client, the
+formats of requests and responses, and the limits for clients that nobody trusts.
+model_download.py has the settings, and checks the folder and the machine before anything
+is loaded.
 """
 
 import asyncio
 import copy
 import gc
+import hashlib
 import logging
 import math
 import os
@@ -49,7 +51,8 @@ import secrets
 import signal
 import threading
 import time
-from collections import Counter as Counts
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -115,14 +118,14 @@ class Generation(py_api.Answer):
 
     sampling: Sampling  # once it is tokenised
     error: Exception | None = None
-    first_token = last_token = 0.0  # when they came; 0: not yet
+    first_token_time = last_token_time = 0.0  # 0: none has come
     sent_chars = 0  # what the stream has sent of the text
-    shown_at = 0.0  # when `changed` was last set for new text
+    notified_at = 0.0  # when `changed` was last set for new text
 
     def __init__(self, *answer: Any) -> None:
         super().__init__(*answer)
         self.changed = asyncio.Event()  # set when there is more text, or it has ended
-        self.arrived = time.monotonic()
+        self.arrival_time = time.monotonic()
 
     async def in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         """Do this in a thread, unless the generation is released before its turn."""
@@ -144,13 +147,14 @@ class Generation(py_api.Answer):
 
 # A conversation of up to INLINE_CHARS is tokenised on the event loop: it takes a
 # millisecond or two, as long as handing it to a thread takes when many arrive at once
-# (2% of the throughput of 128 clients). Longer ones have a thread for each of three
-# ranges, so that they delay only their like. A turn costs as much as TURN_CHARS more.
+# (2% of the throughput of 128 clients). Longer ones go to one of three threads by their
+# length, so that a long one does not delay shorter ones. Each turn counts as TURN_CHARS
+# characters more.
 INLINE_CHARS, LONG_CHARS, TURN_CHARS = 2048, (4096, 32768), 50
 # Text has 1 to 5 characters to a token. What has more than this is refused unread.
 MAX_CHARS_PER_TOKEN = 16
-# Of all streams together. An event takes 80 us of Python: where many stream, tokens share
-# one, and the generation thread gets its turn.
+# Of all streams together. An event takes 80 us of Python. Above this rate several tokens
+# share an event, which leaves the generation thread its time.
 MAX_EVENTS_PER_SECOND = 5000
 ENGINE_FAILED = "the engine failed and is restarting"
 MAX_FAILURES = 3  # of the engine, in a row, without an answer between them
@@ -240,6 +244,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             if self.manager is None:
+                # Nobody keeps the executor, so its thread ends after the load.
                 await loop.run_in_executor(ThreadPoolExecutor(1), self.load)
             self.deliver = partial(loop.call_soon_threadsafe, self.process_outputs)
             start_thread(self.manager, self.deliver)
@@ -257,18 +262,18 @@ class Engine:
     async def watch(self) -> None:
         """Give up requests that take too long, and restart a generation thread that
         died. Raises TimeoutError for one that hangs: a thread cannot be ended."""
-        settings, before, moved = self.settings, -1, time.monotonic()
-        late = f"not finished after {settings.request_timeout:g} seconds"
+        settings, last_steps, last_progress = self.settings, -1, time.monotonic()
+        too_late = f"not finished after {settings.request_timeout:g} seconds"
         while True:
             await asyncio.sleep(0.1)
-            self.release_all(HTTPException(504, late), settings.request_timeout)
-            self.show_all()
+            self.release_all(HTTPException(504, too_late), settings.request_timeout)
+            self.notify_all()
             steps, busy = progress(self.manager)
             if self.status == "down":
                 await self.restart()
-            elif steps != before or not busy:
-                before, moved = steps, time.monotonic()
-            elif time.monotonic() - moved > settings.stall_timeout:
+            elif steps != last_steps or not busy:
+                last_steps, last_progress = steps, time.monotonic()
+            elif time.monotonic() - last_progress > settings.stall_timeout:
                 raise TimeoutError("no forward pass in --stall-timeout seconds")
 
     async def restart(self) -> None:
@@ -297,7 +302,7 @@ class Engine:
             raise generation.error
         limit = self.new_token_limit(len(tokens), body)
         generation.prompt_tokens = len(tokens)
-        if max(body.logit_bias or {}, default=0) >= len(self.token_bytes):
+        if any(token >= len(self.token_bytes) for token in body.logit_bias or ()):
             raise ClientError("logit_bias: no such token", "logit_bias")
         sampled = body.with_defaults(self.defaults.sampling)
         generation.sampling = Sampling(sampled, matcher)
@@ -328,13 +333,13 @@ class Engine:
         size = sum(TURN_CHARS + len(turn.content) for turn in turns)
         if size > MAX_CHARS_PER_TOKEN * self.max_model_len:
             raise self.too_long(f"the messages have {size} characters")
-        pool, tokenizer = self.tokenizers[sum(size > limit for limit in LONG_CHARS)]
+        pool, tokenizer = self.tokenizers[bisect_left(LONG_CHARS, size)]
         if size <= INLINE_CHARS:
             tokens = self.apply_template(self.loop_tokenizer, turns)
         else:
             apply = partial(self.apply_template, tokenizer, turns)
             tokens = await generation.in_thread(pool, apply)
-        if not 0 <= min(tokens, default=-1) <= max(tokens) < len(self.token_bytes):
+        if not tokens or min(tokens) < 0 or max(tokens) >= len(self.token_bytes):
             raise ValueError("token ids outside the vocabulary, or none")
         return tokens
 
@@ -376,33 +381,34 @@ class Engine:
                 param = generation.sampling.body.main_schema()
                 self.release(generation, py_api.schema_error(param, why))
                 continue
-            generation.last_token = now
-            generation.first_token = generation.first_token or now
+            generation.last_token_time = now
+            generation.first_token_time = generation.first_token_time or now
             generation.cached_tokens = generation.sampling.cached_tokens
             for token in output.generated_tokens[generation.completion_tokens :]:
                 if generation.finish_reason is None:
                     piece = self.token_bytes[token]
                     goes_on = piece is None and generation.sampling.body.ignore_eos
                     generation.feed(b"" if goes_on else piece)
-            self.show(generation, now)
+            self.notify(generation, now)
             if output.is_finished():
                 generation.finish("length")
             if generation.finish_reason:
                 self.failures = 0
                 self.release(generation)
 
-    def show_all(self) -> None:
-        """Show what has waited for more text to come."""
+    def notify_all(self) -> None:
+        """Notify of the text that the limit in `notify` has held back."""
         for generation in self.admitted.values():
-            self.show(generation, time.monotonic())
+            self.notify(generation, time.monotonic())
 
-    def show(self, generation: Generation, now: float) -> None:
-        """Wake who waits for new text, but not too often."""
+    def notify(self, generation: Generation, now: float) -> None:
+        """Wake the stream that waits for this text, but all streams together at most
+        MAX_EVENTS_PER_SECOND times a second."""
         running = min(len(self.admitted), self.settings.max_in_flight)
         between = running / MAX_EVENTS_PER_SECOND
         is_new = len(generation.text) > generation.sent_chars
-        if is_new and now >= generation.shown_at + between:
-            generation.shown_at = now
+        if is_new and now >= generation.notified_at + between:
+            generation.notified_at = now
             generation.changed.set()
 
     def release(self, generation: Generation, error: Exception | None = None) -> None:
@@ -416,7 +422,7 @@ class Engine:
     def release_all(self, error: HTTPException, age: float = 0) -> None:
         """Release the requests that arrived at least `age` seconds ago."""
         for generation in list(self.admitted.values()):
-            if time.monotonic() - generation.arrived >= age:
+            if time.monotonic() - generation.arrival_time >= age:
                 self.release(generation, error)
 
 
@@ -425,8 +431,8 @@ class Engine:
 # ------------------------------------------------------------------------------
 
 
-# Who may reach a route follows from the router it is declared on, method by method.
-# HTTPBearer only puts the key into the schema.
+# Routes of `secured` need the key, where one is set; SecuredRoute checks it. Those of
+# `public` do not. HTTPBearer only puts the key into the schema.
 bearer = Depends(HTTPBearer(auto_error=False))
 secured = APIRouter(route_class=py_api.SecuredRoute, dependencies=[bearer])
 public = APIRouter()
@@ -435,17 +441,18 @@ PING_SECONDS = 15.0  # between the comments that keep an idle stream open
 
 
 async def reply(request: Request, body: AnyChatRequest) -> Response:
-    """JSON, or a stream once its first text is there, or after PING_SECONDS; errors
-    before that are plain."""
+    """Respond with JSON, or with a stream as soon as its first text is there, or after
+    PING_SECONDS. An error before that is a response with its own status."""
     engine: Engine = request.app.state.engine
-    generation = Generation(engine.name, body.stop, body.is_json(), body.mark())
+    generation = Generation(engine.name, body.stop, body.is_json(), body.call_mark())
     generation.thinks = engine.defaults.thinks
     logger.debug("%s is asked %r", generation.id, body)
     # RequestMiddleware ends both, however this request ends.
     request.state.generation = generation
     leaving = release_when_client_leaves(request, generation)
     request.state.client_watch = asyncio.create_task(leaving)
-    (await request.json()).clear()  # all that is needed of it is in `body`
+    # `body` has what is needed of the parsed JSON, which FastAPI keeps until the end.
+    (await request.json()).clear()
     await engine.submit(body, generation)
     if body.stream:
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
@@ -497,12 +504,7 @@ def ping(engine: Engine, generation: Generation) -> None:
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
 
 
-@secured.post(
-    "/",
-    tags=["Chat"],
-    response_model=py_api.ChatResponse,
-    responses=py_api.SSE | py_api.ERRORS,
-)
+@secured.post("/", response_model=py_api.ChatResponse, **py_api.CHAT)
 async def ask_the_model(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
     `{"delta": "..."}` for each piece of text, then the whole answer."""
@@ -517,17 +519,14 @@ async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     return await reply(request, body)
 
 
-@secured.get("/v1/models", tags=["OpenAI API"], responses=py_api.OPENAI_ERRORS)
+@secured.get("/v1/models", **py_api.MODELS)
 async def list_models(request: Request) -> py_api.ModelList:
     """The one model that is served."""
-    return py_api.ModelList(
-        data=[await get_model(request, request.app.state.engine.name)]
-    )
+    name = request.app.state.engine.name
+    return py_api.ModelList(data=[await get_model(request, name)])
 
 
-@secured.get(
-    "/v1/models/{name:path}", tags=["OpenAI API"], responses=py_api.OPENAI_ERRORS
-)
+@secured.get("/v1/models/{name:path}", **py_api.MODELS)
 async def get_model(request: Request, name: str) -> py_api.ModelCard:
     """That model, with its context: the tokens of a prompt and its answer together."""
     engine: Engine = request.app.state.engine
@@ -563,8 +562,8 @@ async def read_metrics(request: Request) -> Response:
 
 
 class RequestMiddleware:
-    """Around every request: an id, a response to whatever is raised, and an end that
-    frees its place, counts it and logs it."""
+    """Gives every request an id, and turns what is raised into a response. At the end it
+    frees the request's place, counts it and logs it."""
 
     def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
         self.app, self.sends_id = app, sends_id
@@ -591,7 +590,7 @@ class RequestMiddleware:
         except asyncio.CancelledError:
             logger.debug("%s ends, the server shuts down", request_id)
         except Exception as error:
-            # h11's: the connection has got a 400 for its bytes, and no other answer.
+            # h11 has answered a 400 for malformed bytes; nothing more can be sent.
             if not isinstance(error, HTTPException | h11.LocalProtocolError):
                 logger.exception("%s failed", request_id)
             if not status:  # otherwise it is too late for another response
@@ -611,8 +610,9 @@ def end_request(request: Request, request_id: str, status: int, started: float) 
     if generation:
         request.state.client_watch.cancel()
         request.app.state.engine.release(generation, HTTPException(499))  # if it runs
-        ttft = max(generation.first_token - generation.arrived, 0)  # 0: none came
-        py_api.observe(generation, ttft, generation.last_token - generation.first_token)
+        first, last = generation.first_token_time, generation.last_token_time
+        ttft = max(first - generation.arrival_time, 0)  # 0: no token came
+        py_api.observe(generation, ttft, last - first)
         line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
         line += f" first={ttft:.3f}s"
         logger.debug("%s answers %r", generation.id, generation.text)
@@ -703,13 +703,14 @@ const TEXTS = { // English, Chinese
   busy: ["Answering …", "回答中……"], done: ["Complete", "回答完毕"], again: ["Send again", "重新发送"],
   full: ["The server is full.", "服务器繁忙。"], demo: ["(demo model, not phi-4)", "（演示模型，不是 phi-4）"],
   failed: ["The server answers with an error.", "服务器返回错误。"], 401: ["This key is wrong.", "密钥不正确。"],
-  key: ["This server wants a key: its PHI4_API_KEY.", "此服务器需要密钥，即它的 PHI4_API_KEY。"],
+  key: ["This server needs a key: the PHI4_API_KEY it was started with.",
+    "此服务器需要密钥，请输入启动时设置的 PHI4_API_KEY。"],
   403: [`This server has no key, so it answers only to its own names. Start it with export PHI4_API_KEY=KEY,
     or with --allowed-hosts ${location.hostname}, and reload this page.`,
-    `服务器没有密钥，不接受此域名。请先 export PHI4_API_KEY=密钥，或用 --allowed-hosts ${location.hostname} 重新启动，再刷新本页。`],
+    `服务器没有设置密钥，因此不接受通过此域名访问。请先 export PHI4_API_KEY=密钥，或用 --allowed-hosts ${location.hostname} 重新启动，再刷新本页。`],
   loading: ["The model is loading. That takes a minute or more.", "模型正在加载，需要一分钟或更久。"],
-  gone: ["The server does not answer. Does it run?", "服务器没有响应，它在运行吗？"],
-  broken: ["There is no complete answer. This is not part of the conversation.", "回答不完整，不计入对话。"],
+  gone: ["The server does not answer. Is it running?", "服务器没有响应，请确认它是否在运行。"],
+  broken: ["The answer is not complete. It is not part of the conversation.", "回答不完整，不计入对话。"],
   stopped: ["Stopped. The conversation goes on with what is shown.", "已停止，以上内容计入对话。"],
   length: ["The answer reached its limit. Ask the model to go on.", "回答达到长度上限，可以让它继续。"],
   long: ["The conversation is too long for the model. Begin a new one.", "对话太长，请开始新对话。"],
@@ -742,7 +743,8 @@ const FENCE = /^[ \t]*(?:[-*+] |\d+[.)] )?[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t
 function show(answer, parent, nodes, isWhole) {
   const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*([-*+]|\d+[.)]?)?[ \t]*(``?|```[^\n]*)?$/, "$1");
   const parts = text.split(FENCE); main.onscroll(); // the reader may have gone up a moment before its event
-  for (let i = 0; i < parts.length; i += i % 4 ? 1 : 3) { // text, ```, language, code, text ...
+  for (let i = 0; i < parts.length; i++) { // text, ```, language, code, text ...
+    if (i % 4 === 1 || i % 4 === 2) continue;
     const isCode = i % 4 === 3, part = isCode ? parts[i] : parts[i].trim();
     nodes[i] ??= (isCode ? addCode(parent, parts[i - 1]) : add(parent, "p")).appendChild(new Text());
     nodes[i].appendData(part.slice(nodes[i].length));
@@ -793,7 +795,8 @@ async function* events(response) {
   }
 }
 async function ask(prompt) {
-  const { signal } = (request = new AbortController()), nodes = [];
+  request = new AbortController();
+  const { signal } = request, nodes = [];
   const turn = Object.assign(add(main, "section"), { ariaLabel: prompt.slice(0, 80) });
   add(turn, "p", "question", prompt);
   const body = add(turn, "div"), bar = add(turn, "div", "bar"), note = add(bar, "output", "", say("busy"));
@@ -933,8 +936,8 @@ def why_down(manager: Any) -> str | None:
 
 
 def progress(manager: Any) -> tuple[int, bool]:
-    """Forward passes since the thread's start, which has yet to set the number, and
-    whether requests run or wait, those of clients who have given up included."""
+    """Forward passes since the thread started, 0 before the first; and whether requests
+    run or wait, those of clients who have given up included."""
     busy = manager.batch_processor.has_pending_requests() or manager.input_queue.qsize()
     return getattr(manager, "current_batch", 0), bool(busy)
 
@@ -963,7 +966,7 @@ def follow_driver(manager: Any) -> None:
 
 
 def sampling_of(state: Any) -> Sampling | None:
-    """None in the warm-up."""
+    """What its request brought along; None in the warm-up."""
     return state.logit_processor_kwargs.get("sampling")
 
 
@@ -1004,20 +1007,21 @@ class Cache(batching.PagedAttentionCache):
         return {name: later}
 
     def fill_block_table(self, name: str, past: int, new: int, table: Tensor) -> None:
-        """By NumPy, in a third of the time, and for the order of `FlashRunner.warmup`."""
+        """Fill the table by NumPy, in a third of the library's time, and as the cache of
+        `FlashRunner.warmup` is laid out."""
         (allocator,) = self.cache_allocators.values()
         blocks = allocator.block_table[name]
         table[0].numpy()[: len(blocks)] = blocks
 
     def free_blocks(self, name: str, no_cache: bool = False) -> None:
-        """The last page first: it will be evicted first. Without those before it, nobody
-        would find it."""
+        """Free the last page first, so that it is evicted first: a page is only found
+        through those before it."""
         for allocator in self.cache_allocators.values():
             allocator.block_table.get(name, []).reverse()
         super().free_blocks(name, no_cache)
 
     def evict_cached_blocks(self) -> bool:
-        """The oldest; the library would evict all that no request uses."""
+        """Evict the oldest. The library would evict all that no request uses."""
         (allocator,) = self.cache_allocators.values()
         ledger, pages = allocator.ledger, list(allocator.ledger.cached_blocks)
         count = max(EVICTED_PAGES, len(pages) // 2)
@@ -1040,8 +1044,8 @@ class Scheduler(batching.FIFOScheduler):
         return cancelled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple:
-        """Block tables need no limit on how much is read, for which a shared page would
-        count once a row."""
+        """Lift the library's limit on the cached tokens that a step reads. It counts a
+        shared page once for each row, and block tables do not need it."""
         if self.cache.max_blocks_per_request:
             cache_budget = 2**62
         return super().schedule_batch(token_budget, cache_budget)
@@ -1124,19 +1128,16 @@ class Runner(batching.model_runner.ModelRunner):
                 sampling.match(answer)
                 constrained[i] = sampling
             if sampling.temperature:
-                # Nothing else in the batch has an influence, and the position is right
-                # after a preemption, too. A CPU's generator looks at 32 bits of its
-                # seed, so they are hashed; CPython's hash of integers is the same
-                # everywhere.
-                high, low = divmod(sampling.seed % 2**64, 2**32)
-                seed = hash((high, low, state.position_offset)) % 2**63
+                # This token's own seed: it does not depend on the batch, and is the same
+                # after a preemption. A CPU's generator looks at 32 of its bits.
+                place = f"{sampling.seed} {state.position_offset}".encode()
+                seed = int.from_bytes(hashlib.sha256(place).digest()[:4])
                 generator = torch.Generator(logits.device).manual_seed(seed)
                 noise[i].exponential_(generator=generator)
             body = sampling.body
             top_p = 1 if body.top_p is None else body.top_p
-            table.append(
-                (sampling.temperature, top_p, body.top_k or 0, body.min_p or 0)
-            )
+            row = sampling.temperature, top_p, body.top_k or 0, body.min_p or 0
+            table.append(row)
         if constrained:
             self.mask(logits, constrained)
         if not any(temperature for temperature, *_ in table):
@@ -1153,13 +1154,13 @@ class Runner(batching.model_runner.ModelRunner):
             seen = self.upload([*{*state.initial_tokens, *answer}])
             found = logits[seen]
             logits[seen] = torch.where(found > 0, found / factor, found * factor)
-        added = Counts(body.logit_bias or {})  # token id: what its logit gets
+        added = defaultdict(float, body.logit_bias or {})  # what a token's logit gets
         presence, frequency = body.presence_penalty or 0, body.frequency_penalty or 0
         if presence or frequency:
-            for token, count in Counts(answer).items():
+            for token, count in Counter(answer).items():
                 added[token] -= presence + frequency * count
         if answer_length(state) < (body.min_tokens or 0):
-            added.update(dict.fromkeys(state._eos_token_ids, -math.inf))
+            added |= dict.fromkeys(state._eos_token_ids, -math.inf)
         if added:
             logits[self.upload([*added])] += self.upload([*added.values()])
 
@@ -1215,17 +1216,19 @@ def sample(
 
 PAGE_SIZE = 16  # tokens in a page of the cache
 FLASH_PAGE_SIZE = 256  # without our kernel: torch's takes no smaller one
-# Steps of up to MAX_GRAPH_TOKENS tokens are CUDA graphs: with prompts in them one for
-# each multiple of GRAPH_STEP; decoding one for each power of two of rows, to which the
-# library pads them. Larger steps keep the GPU busy for longer than their launches take.
+# Steps of up to MAX_GRAPH_TOKENS tokens run as CUDA graphs. Steps with prompts have a
+# graph for each multiple of GRAPH_STEP tokens. Decoding steps have one for each power of
+# two of rows, to which the library pads them. Larger steps keep the GPU busy for longer
+# than their launches take.
 MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 64
-# One prompt of more than CUDNN_MIN_TOKENS tokens is cuDNN's, which takes half the time.
-# It plans each new length for 50 ms, once: steps are padded, so there are few.
+# cuDNN computes a single prompt of more than CUDNN_MIN_TOKENS tokens, in half the time.
+# It plans each new length for 50 ms, once; steps are padded, so there are few lengths.
 CUDNN_MIN_TOKENS = 4096
-# The cached tokens of rows that decode are cut into chunks of a multiple of CHUNK tokens,
-# so that all of them take about DECODE_PROGRAMS programs of the kernel; the new tokens of
-# other rows into blocks of BLOCK tokens times heads. Measured on an H100.
-DECODE_PROGRAMS, CHUNK, BLOCK = 2048, 64, 64
+# Rows that decode have their cached tokens cut into chunks of a multiple of CHUNK tokens,
+# so that all rows together take about DECODE_PROGRAMS programs of the kernel. Other rows
+# have their new tokens cut into blocks of QUERY_BLOCK tokens times heads. Measured on an
+# H100.
+DECODE_PROGRAMS, CHUNK, QUERY_BLOCK = 2048, 64, 64
 
 
 class StepShape(NamedTuple):
@@ -1236,16 +1239,17 @@ class StepShape(NamedTuple):
     num_new_prompts: int  # rows, if it is no graph and nothing is cached; otherwise 0
 
 
-# Parts of rows, numbered from the first part of the first row: the row of each, (most,),
-# -1 behind the last; and the parts of each row and of all before it, (rows,). A program
-# of the kernel computes one part for one key head.
+# How the rows of a step are cut into parts. A program of the kernel computes one part for
+# one key head. The first tensor, (max_parts,), has the row of each part, or -1 if there
+# is no such part; the second, (rows,), how many parts each row and all before it have.
 Parts = tuple[Tensor, Tensor]
 
 
-def count_parts(counts: Tensor, most: int) -> Parts:
-    """Of rows that have `counts`, (rows,), parts, which are `most` at most."""
+def count_parts(counts: Tensor, max_parts: int) -> Parts:
+    """Number the parts of all rows. Row i has counts[i]; together they are max_parts at
+    most."""
     ends = counts.cumsum(0, dtype=torch.int32)
-    part = torch.arange(most, dtype=torch.int32, device=counts.device)
+    part = torch.arange(max_parts, dtype=torch.int32, device=counts.device)
     row = torch.bucketize(part, ends, right=True, out_int32=True)
     return row.where(part < ends[-1], -1), ends
 
@@ -1255,19 +1259,20 @@ def cut_into_parts(
 ) -> tuple[Tensor, Parts, Parts | None]:
     """The last fields of a ForwardContext; cu_seqlens are of queries and of keys. Nothing
     of it waits for the GPU."""
-    new, cached = (ends.diff() for ends in cu_seqlens)
-    cached = cached.where(new == 1, 0)
+    query_lengths, lengths = (ends.diff() for ends in cu_seqlens)
+    num_rows = len(lengths)
+    lengths = lengths.where(query_lengths == 1, 0)  # of the rows that decode
     unit = DECODE_PROGRAMS * CHUNK
-    chunk_size = (cached.sum() * kv_heads + unit - 1) // unit * CHUNK
+    chunk_size = (lengths.sum() * kv_heads + unit - 1) // unit * CHUNK
     chunk_size = chunk_size.clamp(min=CHUNK).int()
-    most = DECODE_PROGRAMS // kv_heads + len(new)
-    chunks = count_parts((cached + chunk_size - 1) // chunk_size, most)
+    num_chunks = (lengths + chunk_size - 1) // chunk_size
+    chunks = count_parts(num_chunks, DECODE_PROGRAMS // kv_heads + num_rows)
     if shape.decoding:
         return chunk_size, chunks, None
-    tokens = BLOCK // (heads // kv_heads)
-    blocks = ((new + tokens - 1) // tokens).where(new > 1, 0)
-    most = shape.num_tokens // tokens + min(len(new), shape.num_tokens // 2)
-    return chunk_size, chunks, count_parts(blocks, most)
+    tokens = QUERY_BLOCK // (heads // kv_heads)
+    num_blocks = ((query_lengths + tokens - 1) // tokens).where(query_lengths > 1, 0)
+    max_blocks = shape.num_tokens // tokens + min(num_rows, shape.num_tokens // 2)
+    return chunk_size, chunks, count_parts(num_blocks, max_blocks)
 
 
 class ForwardContext(NamedTuple):
@@ -1282,7 +1287,7 @@ class ForwardContext(NamedTuple):
     cu_seqlens_k: Tensor  # (rows + 1,)
     chunk_size: Tensor  # () cached tokens in a part of a row that decodes
     chunks: Parts  # of rows that decode
-    blocks: Parts | None  # of the new tokens of the other rows, if there are such
+    query_blocks: Parts | None  # of the other rows, if there are any
 
 
 forward_context: ContextVar[ForwardContext] = ContextVar("forward_context")
@@ -1319,62 +1324,62 @@ def attend_to_parts(
     out: "Tensor",
     logsumexp: "Tensor",
     scale: "float",
-    HEADS: tl.constexpr,  # of keys
-    GROUP: tl.constexpr,  # heads of queries for each
+    KV_HEADS: tl.constexpr,  # of keys
+    HEADS_PER_KV: tl.constexpr,  # heads of queries for each
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    SIZE: tl.constexpr,  # tokens times heads of a part, or more
-    KEYS: tl.constexpr,  # looked at together
+    BLOCK_M: tl.constexpr,  # tokens times heads of a part, or more
+    BLOCK_N: tl.constexpr,  # looked at together
     DECODING: tl.constexpr,
 ) -> None:
-    """FlashAttention (Dao, 2023) of one part and one key head; the query heads that share
-    it are rows of the same matrix. A part of a row that decodes looks at one chunk of the
-    keys, and merge_chunks joins them; a part of another row has some of its new tokens,
-    and looks at all keys up to these. The annotations are quoted: Triton would look up
-    what they name."""
-    part, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    """FlashAttention (Dao, 2023) of one part and one key head. The query heads that share
+    it are rows of the same matrix. A part of a row that decodes attends to one chunk of
+    the keys, and merge_chunks joins the chunks. A part of another row has some of its new
+    tokens, which attend to all keys up to their own. The annotations are quoted because
+    Triton would look up what they name."""
+    part, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     row = tl.load(rows + part)
     if row >= 0:
         nth = part - tl.load(ends + row - 1, mask=row > 0, other=0)
         start, end_q = tl.load(cu_seqlens_q + row), tl.load(cu_seqlens_q + row + 1)
         length = tl.load(cu_seqlens_k + row + 1) - tl.load(cu_seqlens_k + row)
-        index, d, n = tl.arange(0, SIZE), tl.arange(0, DIM), tl.arange(0, KEYS)
+        index, d, n = tl.arange(0, BLOCK_M), tl.arange(0, DIM), tl.arange(0, BLOCK_N)
         if DECODING:
-            token = start + index // GROUP
+            token = start + index // HEADS_PER_KV
             begin = nth * tl.load(chunk_size)
             end = tl.minimum(begin + tl.load(chunk_size), length)
         else:
-            token = start + nth * (SIZE // GROUP) + index // GROUP
+            token = start + nth * (BLOCK_M // HEADS_PER_KV) + index // HEADS_PER_KV
             begin = 0
             end = tl.minimum(length - end_q + tl.max(token) + 1, length)
         is_ours = token < end_q
         position = length - end_q + token
-        place = (token * HEADS + head) * GROUP + index % GROUP
-        q = tl.load(query + place[:, None] * DIM + d, mask=is_ours[:, None], other=0.0)
-        best = tl.full([SIZE], -1e30, tl.float32)
-        mass = tl.zeros([SIZE], tl.float32)
-        mean = tl.zeros([SIZE, DIM], tl.float32)
-        for at in tl.range(begin, end, KEYS):
-            key, there = at + n, at + n < end
-            page = tl.load(block_table + row * table_width + key // PAGE, there, 0)
-            slot = (page.to(tl.int64) * PAGE + key % PAGE) * HEADS + head
-            place_k = slot[:, None] * DIM + d
-            k = tl.load(keys + place_k, mask=there[:, None], other=0.0)
-            seen = there[None, :] & (key[None, :] <= position[:, None])
+        offset = (token * KV_HEADS + head) * HEADS_PER_KV + index % HEADS_PER_KV
+        q = tl.load(query + offset[:, None] * DIM + d, mask=is_ours[:, None], other=0.0)
+        row_max = tl.full([BLOCK_M], -1e30, tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+        for start_n in tl.range(begin, end, BLOCK_N):
+            key, is_key = start_n + n, start_n + n < end
+            page = tl.load(block_table + row * table_width + key // PAGE, is_key, 0)
+            slot = (page.to(tl.int64) * PAGE + key % PAGE) * KV_HEADS + head
+            offset_k = slot[:, None] * DIM + d
+            k = tl.load(keys + offset_k, mask=is_key[:, None], other=0.0)
+            seen = is_key[None, :] & (key[None, :] <= position[:, None])
             score = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -1e30)
-            now_best = tl.maximum(best, tl.max(score, 1))
-            weight = tl.exp2(score - now_best[:, None])
-            shrink = tl.exp2(best - now_best)
-            v = tl.load(values + place_k, mask=there[:, None], other=0.0)
-            mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
-            mass, best = mass * shrink + tl.sum(weight, 1), now_best
-        mean /= mass[:, None]
+            new_max = tl.maximum(row_max, tl.max(score, 1))
+            weight = tl.exp2(score - new_max[:, None])
+            shrink = tl.exp2(row_max - new_max)
+            v = tl.load(values + offset_k, mask=is_key[:, None], other=0.0)
+            acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+            row_sum, row_max = row_sum * shrink + tl.sum(weight, 1), new_max
+        acc /= row_sum[:, None]
         if DECODING:
-            place = (part * HEADS + head) * GROUP + index
-            is_ours = index < GROUP
-            tl.store(logsumexp + place, best + tl.log2(mass), mask=is_ours)
-        places = out + place[:, None] * DIM + d
-        tl.store(places, mean.to(out.dtype.element_ty), mask=is_ours[:, None])
+            offset = (part * KV_HEADS + head) * HEADS_PER_KV + index
+            is_ours = index < HEADS_PER_KV
+            tl.store(logsumexp + offset, row_max + tl.log2(row_sum), mask=is_ours)
+        places = out + offset[:, None] * DIM + d
+        tl.store(places, acc.to(out.dtype.element_ty), mask=is_ours[:, None])
 
 
 @triton.jit
@@ -1387,20 +1392,20 @@ def merge_chunks(
     HEADS: tl.constexpr,  # of queries
     DIM: tl.constexpr,
 ) -> None:
-    """The mean of a row's parts, weighted by their mass."""
+    """The average of a row's chunks, weighted by their sums of exponentials."""
     row, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, DIM)
     first = tl.load(ends + row - 1, mask=row > 0, other=0)
-    best, mass, mean = -1e30, 0.0, tl.zeros([DIM], tl.float32)
+    row_max, row_sum, acc = -1e30, 0.0, tl.zeros([DIM], tl.float32)
     for part in tl.range(first, tl.load(ends + row)):
-        place = part * HEADS + head
-        found = tl.load(logsumexp + place)
-        now_best = tl.maximum(best, found)
-        shrink, weight = tl.exp2(best - now_best), tl.exp2(found - now_best)
-        mean = mean * shrink + tl.load(parts + place * DIM + d) * weight
-        mass, best = mass * shrink + weight, now_best
+        offset = part * HEADS + head
+        found = tl.load(logsumexp + offset)
+        new_max = tl.maximum(row_max, found)
+        shrink, weight = tl.exp2(row_max - new_max), tl.exp2(found - new_max)
+        acc = acc * shrink + tl.load(parts + offset * DIM + d) * weight
+        row_sum, row_max = row_sum * shrink + weight, new_max
     if first < tl.load(ends + row):
-        place = tl.load(cu_seqlens_q + row) * HEADS + head
-        tl.store(out + place * DIM + d, (mean / mass).to(out.dtype.element_ty))
+        offset = tl.load(cu_seqlens_q + row) * HEADS + head
+        tl.store(out + offset * DIM + d, (acc / row_sum).to(out.dtype.element_ty))
 
 
 def paged_attention(
@@ -1412,21 +1417,24 @@ def paged_attention(
     table, num_chunks = step.block_table, len(step.chunks[0])
     means = torch.empty(num_chunks, heads, dim, device=q.device)
     logsumexp = torch.empty(num_chunks, heads, device=q.device)
-    rows = q, k, v, table, table.stride(0), step.cu_seqlens_q, step.cu_seqlens_k
-    sizes = {"HEADS": kv_heads, "GROUP": heads // kv_heads, "DIM": dim}
-    sizes |= {"PAGE": step.page_size, "KEYS": 64}
+    inputs = q, k, v, table, table.stride(0), step.cu_seqlens_q, step.cu_seqlens_k
+    sizes = {"KV_HEADS": kv_heads, "HEADS_PER_KV": heads // kv_heads, "DIM": dim}
+    sizes |= {"PAGE": step.page_size, "BLOCK_N": 64}
 
     def attend_to(parts: Parts, out: Tensor, **more: int) -> None:
         kernel = attend_to_parts[(len(parts[0]) * kv_heads,)]
-        part = *parts, step.chunk_size, out, logsumexp, scale * math.log2(math.e)
-        kernel(*rows, *part, **sizes, **more)
+        # The kernel computes exp(x) as 2 ** (x * log2(e)).
+        outputs = out, logsumexp, scale * math.log2(math.e)
+        kernel(*inputs, *parts, step.chunk_size, *outputs, **sizes, **more)
 
-    attend_to(step.chunks, means, SIZE=16, DECODING=True, num_stages=2)
+    attend_to(step.chunks, means, BLOCK_M=16, DECODING=True, num_stages=2)
     merge = merge_chunks[(len(table), heads)]
     ends = step.chunks[1], step.cu_seqlens_q
     merge(means, logsumexp, *ends, out, HEADS=heads, DIM=dim, num_warps=1)
-    if step.blocks:
-        attend_to(step.blocks, out, SIZE=BLOCK, DECODING=False, num_stages=3)
+    if step.query_blocks:
+        attend_to(
+            step.query_blocks, out, BLOCK_M=QUERY_BLOCK, DECODING=False, num_stages=3
+        )
     return out
 
 
@@ -1463,24 +1471,25 @@ def flash_attention(module: nn.Module, *qkv: Tensor, **options: Any) -> tuple:
 
 
 # With few rows, most of the time goes into reading the weights. Up to MAX_FEW_ROWS rows
-# our kernel is 3 to 6% faster than cuBLASLt, and in float8 by 12 to 22%. Integers it
-# multiplies up to MAX_PACKED_ROWS; with more, unpacking them in each step is faster. A
-# program computes COLUMNS columns of at most MAX_FEW_ROWS rows. It reads DEPTH_BYTES of
-# each row of x at a time, up to 6 times ahead, or MAX_STAGES. Measured on an H100.
-MAX_FEW_ROWS, MAX_PACKED_ROWS, COLUMNS, DEPTH_BYTES = 64, 256, 64, 256
+# our kernel is 3 to 6% faster than cuBLASLt, and in float8 by 12 to 22%. With weights in
+# int8 and int4 it is used up to MAX_PACKED_ROWS rows; above that, unpacking the weights
+# in each step is faster. A program computes BLOCK_N columns of at most MAX_FEW_ROWS rows.
+# It reads BLOCK_K_BYTES of each row of x at a time, up to 6 times ahead, or MAX_STAGES of
+# the weight's type. Measured on an H100.
+MAX_FEW_ROWS, MAX_PACKED_ROWS, BLOCK_N, BLOCK_K_BYTES = 64, 256, 64, 256
 MAX_STAGES = {torch.int8: 4, torch.uint8: 3}
 
 
 @triton.jit
 def unpack_half_bytes(
-    half_bytes: "Tensor", scales: "Tensor", DEPTH: tl.constexpr, GROUP: tl.constexpr
+    half_bytes: "Tensor", scales: "Tensor", BLOCK_K: tl.constexpr, GROUP: tl.constexpr
 ) -> "Tensor":
-    """Weights in bfloat16 of numbers from 0 to 15, (columns, DEPTH); `scales` points to
+    """Weights in bfloat16 of numbers from 0 to 15, (columns, BLOCK_K); `scales` points to
     the first scale of each column. In bfloat16, 0x4300 is 128; with a number in its last
     bits it is 128 + number, and 136 less is -8 to 7."""
     number = (half_bytes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-    scale = tl.load(scales[:, None] + tl.arange(0, DEPTH // GROUP))[:, :, None]
-    scale = tl.broadcast_to(scale, [scale.shape[0], DEPTH // GROUP, GROUP])
+    scale = tl.load(scales[:, None] + tl.arange(0, BLOCK_K // GROUP))[:, :, None]
+    scale = tl.broadcast_to(scale, [scale.shape[0], BLOCK_K // GROUP, GROUP])
     return number * tl.reshape(scale, number.shape)
 
 
@@ -1494,54 +1503,55 @@ def multiply_few_rows(
     num_rows: "int",
     in_features: "int",
     out_features: "int",
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,  # weights of 4 bits that share a scale; 0: a column's do, if any
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,  # weights of 4 bits that share a scale; 0: others
 ) -> None:
     """Some rows and columns of x @ weight.T, computed transposed: a matrix unit takes 64
     rows of its first operand at least, but only 8 columns of its second. So the few rows
     are the second."""
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     is_row = row < num_rows
     width = in_features // 2 if GROUP else in_features
     weights = weight + column[:, None] * width + k
     inputs = x + row[:, None] * in_features + k
-    total = tl.zeros([COLUMNS, ROWS], tl.float32)
-    for at in tl.range(0, width, DEPTH):
-        packed = tl.load(weights + at)
-        part = tl.load(inputs + at, mask=is_row[:, None], other=0.0)
-        if GROUP:
-            scales = weight_scale + (column * in_features + at) // GROUP
-            low = unpack_half_bytes(packed & 15, scales, DEPTH, GROUP)
-            total = tl.dot(low, tl.trans(part), total)
-            high = unpack_half_bytes(packed >> 4, scales + width // GROUP, DEPTH, GROUP)
-            part = tl.load(inputs + width + at, mask=is_row[:, None], other=0.0)
-            total = tl.dot(high, tl.trans(part), total)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start_k in tl.range(0, width, BLOCK_K):
+        w = tl.load(weights + start_k)
+        part = tl.load(inputs + start_k, mask=is_row[:, None], other=0.0)
+        if GROUP:  # the low halves of the bytes are the first half of the depth
+            scales = weight_scale + (column * in_features + start_k) // GROUP
+            low = unpack_half_bytes(w & 15, scales, BLOCK_K, GROUP)
+            acc = tl.dot(low, tl.trans(part), acc)
+            scales += width // GROUP
+            high = unpack_half_bytes(w >> 4, scales, BLOCK_K, GROUP)
+            part = tl.load(inputs + width + start_k, mask=is_row[:, None], other=0.0)
+            acc = tl.dot(high, tl.trans(part), acc)
         else:
-            total = tl.dot(packed.to(part.dtype), tl.trans(part), total)
+            acc = tl.dot(w.to(part.dtype), tl.trans(part), acc)
     if weight_scale is not None and not GROUP:
-        total *= tl.load(weight_scale + column)[:, None]
+        acc *= tl.load(weight_scale + column)[:, None]
     if x_scale is not None:
-        total *= tl.load(x_scale + row, mask=is_row, other=0.0)
-    places = out + row * out_features + column[:, None]
-    tl.store(places, total.to(out.dtype.element_ty), mask=is_row)
+        acc *= tl.load(x_scale + row, mask=is_row, other=0.0)
+    outputs = out + row * out_features + column[:, None]
+    tl.store(outputs, acc.to(out.dtype.element_ty), mask=is_row)
 
 
 def multiply(x: Tensor, weight: Tensor, *scales: Tensor | None) -> Tensor:
     """`linear` by our kernel."""
     out = x.new_empty(len(x), len(weight), dtype=torch.bfloat16)
     group = x.shape[1] // scales[1].shape[1] if weight.dtype == torch.uint8 else 0
-    rows = min(MAX_FEW_ROWS, max(16, 1 << (len(x) - 1).bit_length()))
-    depth = DEPTH_BYTES // x.itemsize
+    block_m = min(MAX_FEW_ROWS, max(16, triton.next_power_of_2(len(x))))
+    block_k = BLOCK_K_BYTES // x.itemsize
     numbers = x.shape[1] // weight.shape[1]  # in one of the weight's: 2 in a byte
-    stage = depth * COLUMNS * weight.itemsize + rows * DEPTH_BYTES * numbers
+    stage = block_k * BLOCK_N * weight.itemsize + block_m * BLOCK_K_BYTES * numbers
     # An H100 has room for 6 stages of 64 rows in bfloat16, an RTX 4090 for 3.
     room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
     stages = min(MAX_STAGES.get(weight.dtype, 6), room // stage)
-    sizes = {"ROWS": rows, "COLUMNS": COLUMNS, "DEPTH": depth, "GROUP": group}
-    kernel = multiply_few_rows[(-(-len(x) // rows), len(weight) // COLUMNS)]
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k, "GROUP": group}
+    kernel = multiply_few_rows[triton.cdiv(len(x), block_m), len(weight) // BLOCK_N]
     kernel(x, weight, *scales, out, *x.shape, len(weight), **sizes, num_stages=stages)
     return out
 
@@ -1554,9 +1564,9 @@ def linear(
     weights as model_download.ROUND gives them. With weights in float8 x is, too, and
     x_scale has a scale for each token."""
     is_integer = weight.dtype in (torch.int8, torch.uint8)
-    most = MAX_PACKED_ROWS if is_integer else MAX_FEW_ROWS
-    fits = not (len(weight) % COLUMNS or weight.shape[1] * x.itemsize % DEPTH_BYTES)
-    if len(x) <= most and fits and x.is_cuda and FlashRunner.compiles:
+    max_rows = MAX_PACKED_ROWS if is_integer else MAX_FEW_ROWS
+    fits = not (len(weight) % BLOCK_N or weight.shape[1] * x.itemsize % BLOCK_K_BYTES)
+    if len(x) <= max_rows and fits and x.is_cuda and FlashRunner.compiles:
         return multiply(x, weight, x_scale, weight_scale)
     if is_integer:
         weight = FlashRunner.unpack(weight, weight_scale)

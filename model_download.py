@@ -481,7 +481,8 @@ SERVED_FORMATS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "fp8", FP8_ROWS)
 
 
 def row_scales(x: "torch.Tensor", largest: int) -> "torch.Tensor":
-    """What (rows, features) are divided by for `largest` to be the largest, (rows, 1)."""
+    """Scales of (rows, features), (rows, 1): divided by them, each row's largest absolute
+    value is `largest`."""
     return x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / largest
 
 
@@ -605,7 +606,7 @@ def rounding(kind: str, linear: type) -> Any:
 # A model that thinks writes its thinking between these marks, before the answer.
 THINK, END_THINK = "<think>", "</think>"
 # Default of new tokens for one that does. phi-4-reasoning's card wants up to 32k for hard
-# questions; this many end within --request-timeout from 28 tokens/s for a client on.
+# questions; at 28 tokens/s for a client, this many end within --request-timeout.
 THINKING_TOKENS = 8192
 
 
@@ -887,7 +888,7 @@ def _which_torch(error: str) -> str:
     if "no kernel image" in error and driver >= 13000:
         return f"This build of torch does not know the card: {install}"
     return (
-        "phi-4 needs a 32 GB GPU; without one, --demo works. Does nvidia-smi show it?"
+        "phi-4 needs an NVIDIA GPU; without one, --demo works. Does nvidia-smi show it?"
     )
 
 
@@ -954,8 +955,8 @@ def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes |
 # Grammars of answers
 # ------------------------------------------------------------------------------
 
-# What one grammar may take of others' time and memory: for what of it llguidance bounds,
-# 0.3 s to compile, 20 ms for a token, 50 MB.
+# Limits of a grammar, so that it does not slow down other requests: about 0.3 s to compile,
+# 20 ms for a token and 50 MB, as far as llguidance can bound them.
 GRAMMAR_LIMITS = {"max_grammar_size": 20_000, "max_lexer_states": 20_000}
 GRAMMAR_LIMITS |= {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000}
 GRAMMAR_LIMITS |= {"step_max_items": 5_000}
@@ -1173,8 +1174,9 @@ class Settings(BaseSettings):
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
-    def without_accidents(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """What Kubernetes puts into PHI4_PORT where a Service is named phi4 is none."""
+    def check_text(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Refuses an empty key and text that is not UTF-8. Ignores what Kubernetes puts
+        into PHI4_PORT where a Service is named phi4: tcp://..."""
         name = info.field_name
         str(value).encode()  # raises a ValueError for what is not UTF-8
         if name == "api_key" and not words(value or ""):
@@ -1187,7 +1189,8 @@ class Settings(BaseSettings):
 def read_settings(command_line: bool = False) -> Settings:
     """The settings of the environment and, if asked for, of the command line. Ends the
     process with EXIT_WRONG_START and a line for each that is wrong."""
-    options = {arg.partition("=")[0].lower() for arg in sys.argv * command_line}
+    arguments = sys.argv if command_line else []
+    options = {arg.partition("=")[0].lower() for arg in arguments}
     try:
         return Settings(_cli_parse_args=command_line)
     except ValidationError as error:
@@ -1204,7 +1207,7 @@ def read_settings(command_line: bool = False) -> Settings:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises ValueError if that is not possible."""
+    """Open the listening socket. Raises ValueError if that is not possible."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         dual = address[0] == "::" and socket.has_dualstack_ipv6()  # of IPv4, too

@@ -6,8 +6,8 @@ python py_api.py "天空为什么是蓝色的？"       one question of your own
 python py_api.py --chat                   a conversation; Ctrl-D ends it
 python py_api.py --url http://127.0.0.1:8000/ --key SECRET "Hello!"
 
-A key can also be given in the environment variable PHI4_API_KEY. Where there is no
-answer, one line on stderr says why, and the exit code is 1.
+A key can also be given in the environment variable PHI4_API_KEY. Without an answer, one
+line on stderr says why. A single question then exits with 1; --chat goes on.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 
 import requests
 
-EXAMPLE_PROMPT = "刚才我们再聊什么？"
+EXAMPLE_PROMPT = "刚才我们再聊什么？"  # with the typing error of the tutorial
 EXAMPLE_HISTORY = [
     {"role": "user", "content": "今天星期几"},
     {"role": "assistant", "content": "今天星期三"},
@@ -117,7 +117,7 @@ def chat(client: Client) -> None:
                 history.append({"role": "user", "content": prompt})
                 history.append({"role": "assistant", "content": answer})
     if mark:
-        print()  # the shell's prompt shall not follow this one
+        print()  # so that the shell's prompt gets a line of its own
 
 
 def main() -> None:
@@ -225,7 +225,7 @@ def schema_error(param: str, why: str | Exception) -> ClientError:
     return ClientError(f"{param}: the JSON schema cannot be used: {why}", param)
 
 
-# Where pydantic's own words would be arithmetic.
+# In place of pydantic's own messages, which describe its types and numbers.
 MESSAGES = {"too_long": "has more than {max_length} entries", "too_short": "is empty"}
 MESSAGES["string_unicode"] = "has a lone surrogate, which no UTF-8 text has"
 NO_OBJECT = "model_type", "model_attributes_type", "dict_type"
@@ -266,7 +266,9 @@ SSE = {200: {"content": {"text/event-stream": {}}}}
 ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
 TEXT = {200: {"content": {"text/plain": {}}}} | ERRORS
 OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
+CHAT = {"tags": ["Chat"], "responses": SSE | ERRORS}
 OPENAI = {"tags": ["OpenAI API"], "responses": SSE | OPENAI_ERRORS}
+MODELS = {"tags": ["OpenAI API"], "responses": OPENAI_ERRORS}
 # OpenAI's codes, by status or by pydantic's type of error.
 CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
 CODES |= {"unsupported_parameter": "unsupported_parameter"}
@@ -295,7 +297,7 @@ async def error_response(request: Request, error: Any) -> Response:
             message = f"{param} {deepest['msg']}"
         kind = "invalid_type" if deepest["type"].endswith("_type") else "invalid_value"
         code = CODES.get(deepest["type"], kind) if param else None
-        # The log shall not have names that a client has made up.
+        # Names that a client has made up stay out of the log.
         request.state.why = deepest["msg"] if "extra" in deepest["type"] else message
     kind = "invalid_request_error" if status < 500 else "server_error"
     parts = {"message": message, "type": kind, "param": param or None, "code": code}
@@ -345,7 +347,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class Answer:
     """The answer to one request as it grows: bytes of tokens in, text out.
 
-    The text never ends inside a character, inside a stop string or inside `mark`, with
+    The text never ends inside a character, inside a stop string or inside `call_mark`, with
     which a call begins. Bytes that cannot be UTF-8 become U+FFFD, as in
     `tokenizer.decode`; a character that is cut off by the end of the answer is left out.
     Thinking is text; stops and calls are looked for in what follows it.
@@ -358,13 +360,13 @@ class Answer:
         model: str,
         stop: list[str] | None,
         is_json: bool = False,
-        mark: str | None = None,
+        call_mark: str | None = None,
     ) -> None:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         # OpenAI's response and each of its chunks begin with these.
         created = int(time.time())
         self.openai_fields = {"id": self.id, "created": created, "model": model}
-        self.stop_strings, self.is_json, self.mark = stop or [], is_json, mark
+        self.stop_strings, self.is_json, self.call_mark = stop or [], is_json, call_mark
         self.in_call = False  # from the mark on
         self.thinking: bool | None = None  # whether it goes on; None: may yet begin
         self.content_at = 0  # where the text is no longer thinking
@@ -387,14 +389,18 @@ class Answer:
             if not text:
                 return
         if self.is_json and len(self.text) == self.content_at and text[:1] != "<":
-            self.mark = None  # JSON, which may have one in a string
-        end = self.find_stop(text[: len(text) - length_of_begun(text, [self.mark])])
+            self.call_mark = None  # JSON, which may have one in a string
+        end = self.find_stop(
+            text[: len(text) - length_of_begun(text, [self.call_mark])]
+        )
         self.held = ""
         if end is not None:
             # A stop string that cuts JSON leaves it incomplete, as a limit does.
             self.finish_reason = "length" if self.is_json else "stop"
         elif not self.in_call:
-            end = len(text) - length_of_begun(text, [*self.stop_strings, self.mark])
+            end = len(text) - length_of_begun(
+                text, [*self.stop_strings, self.call_mark]
+            )
             self.held = text[end:]
         self.text += text[:end]
 
@@ -429,8 +435,8 @@ class Answer:
         in calls and their mark: they are no text."""
         if self.in_call:
             return None
-        if self.mark:
-            text, mark, _ = text.partition(self.mark)
+        if self.call_mark:
+            text, mark, _ = text.partition(self.call_mark)
             self.in_call = bool(mark)
         found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
         return min(found, default=None)
@@ -443,7 +449,7 @@ class Answer:
             if self.thinking:
                 self.text += self.held
                 return
-            end = len(self.held) - length_of_begun(self.held, [self.mark])
+            end = len(self.held) - length_of_begun(self.held, [self.call_mark])
             if reason == "stop":
                 end = self.find_stop(self.held)
             self.text += self.held[:end]
@@ -544,7 +550,7 @@ class SamplingFields(Strict):
         """Whether the answer follows a JSON schema, if it is no call."""
         return False
 
-    def mark(self) -> str | None:
+    def call_mark(self) -> str | None:
         """With which a call begins in the answer; None: it has no calls."""
         return None
 
@@ -555,7 +561,7 @@ class SamplingFields(Strict):
 
 class Sampling:
     """How the tokens of one request are chosen. The event loop makes it; the generation
-    thread reads it, and leaves here what the event loop shall know."""
+    thread reads it, and leaves here what the event loop has to know."""
 
     cached_tokens = 0  # of the prompt: taken from the prefix cache
     error = ""  # why its grammar ends the answer
@@ -763,7 +769,7 @@ def keywords(text: str) -> set[str]:
 
 
 # Keywords whose value is a schema, or a list of them; schemas by name; and others that
-# llguidance 1.9.1 knows. All else is a remark, or (LACKING) cannot be had.
+# llguidance 1.9.1 knows. Other keywords have no effect; those in LACKING are refused.
 NESTED = keywords(
     "items additionalItems additionalProperties prefixItems allOf anyOf oneOf"
 )
@@ -790,8 +796,9 @@ EXACT, LARGEST = 2**53, 2**63 - 1024
 
 
 class Preparation:
-    """Makes a JSON schema what llguidance can have, so that what it lets through
-    validates. Lenient leaves out what it lacks; otherwise that is a ValueError."""
+    """Rewrites a JSON schema so that llguidance accepts it, and accepts no answer that
+    the schema does not. What llguidance lacks is left out if `lenient`, otherwise it is a
+    ValueError."""
 
     def __init__(self, lenient: bool) -> None:
         self.lenient = lenient
@@ -802,7 +809,7 @@ class Preparation:
     def prepared(self, schema: Any) -> Any:
         """The whole schema. Raises ValueError."""
         kept = self._schema(schema, "")
-        # Elsewhere may be what only looks like a schema, and has not been looked at.
+        # A $ref has to lead to a place that was checked as a schema.
         if wrong := [ref for ref in self.refs if unquote(ref[1:]) not in self.places]:
             why = f"a $ref leads to {min(wrong)[:100]}, which is no schema in it"
             raise ValueError(why)
@@ -839,8 +846,8 @@ class Preparation:
         return kept
 
     def _text(self, schema: dict[str, Any]) -> None:
-        """llguidance lets quotes and backslashes through where a pattern excludes them,
-        but not control characters: so control characters are excluded, too."""
+        """Where a class of characters excludes quotes or backslashes, llguidance lets them
+        through, unless the class excludes a control character, too: so it gets a tab."""
         name, pattern = schema.get("format"), schema.get("pattern")
         if isinstance(name, str) and name not in FORMATS:
             del schema["format"]
@@ -852,7 +859,7 @@ class Preparation:
         elif r"\P{" in pattern:
             raise ValueError(r"a pattern: \P{...} cannot be used")
         else:
-            schema["pattern"] = without_tabs(pattern)
+            schema["pattern"] = excluding_tabs(pattern)
 
     def _numbers(self, schema: dict[str, Any]) -> None:
         for keyword in ("const", "enum"):
@@ -884,7 +891,7 @@ class Preparation:
         if isinstance(patterns, dict):
             self.num_patterns += len(patterns)
             pairs = patterns.items()
-            patterns = {without_tabs(pattern): value for pattern, value in pairs}
+            patterns = {excluding_tabs(pattern): value for pattern, value in pairs}
             schema |= {"patternProperties": patterns, "additionalProperties": False}
         elif isinstance(names, dict) and names and others is not False:
             schema["additionalProperties"] = False
@@ -922,7 +929,7 @@ def _in_pointer(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def without_tabs(pattern: str) -> str:
+def excluding_tabs(pattern: str) -> str:
     """A regular expression whose classes of other characters have no tab, either."""
     return re.sub(
         r"\\.|\[\^(?!\])", lambda part: part[0].replace("[^", r"[^\t"), pattern
@@ -1014,7 +1021,7 @@ class GrammarCompiler:
     async def compile(self, body: SamplingFields, in_thread: Callable) -> Any:
         """The matcher of an answer, None if it has no grammar. `in_thread(pool, work)`
         does the work unless the request has ended before. Raises a 400 or a 503."""
-        if not (body.is_json() or body.mark()):
+        if not (body.is_json() or body.call_mark()):
             return None
         if WORLD_SIZE > 1:  # each process would need one of its own
             raise schema_error(body.main_schema(), "not under torchrun")
@@ -1253,7 +1260,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
         if self.must_call() and not self.offered():
             why = "tool_choice asks for a function, and tools has none that fits"
             raise ClientError(why, "tool_choice")
-        structured = self.is_json() or self.mark()
+        structured = self.is_json() or self.call_mark()
         if structured and (self.ignore_eos or self.min_tokens):
             why = "a schema or tools go without ignore_eos and min_tokens"
             raise ClientError(why, "ignore_eos" if self.ignore_eos else "min_tokens")
@@ -1282,7 +1289,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     def is_json(self) -> bool:
         return self.schema_of_answer() is not None
 
-    def mark(self) -> str | None:
+    def call_mark(self) -> str | None:
         return CALL_MARK if self.offered() else None
 
     def grammar_of_answer(self) -> str:
@@ -1404,7 +1411,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """Those of a page of which the browser shall run its own script, and load nothing."""
+    """Headers that let the browser run only the page's own script, and load nothing."""
 
     def hashed(tag: str) -> str:
         text = re.search(f"<{tag}.*?>(.*)</{tag}>", page, re.DOTALL)[1]

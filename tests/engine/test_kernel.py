@@ -22,7 +22,7 @@ MIXED = [(1, 30), (40, 0), (1, 100), (16, 16), (33, 95), (2, 7), (5, 130), (17, 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CHUNK", "BLOCK"):
+    for name in ("CHUNK", "QUERY_BLOCK"):
         monkeypatch.setattr(api, name, 32)
     monkeypatch.setattr(api, "DECODE_PROGRAMS", 12)
 
@@ -87,7 +87,7 @@ def test_all_keys_of_decoding_rows_are_in_parts(
     for length in (1, 31, 32, 33, 5000):
         rows = [(1, length - 1)] * 7 + [(3, 5)]
         *_, step = step_of(rows, 2, 2)
-        size, (row, ends), blocks = step.chunk_size, step.chunks, step.blocks
+        size, (row, ends), blocks = step.chunk_size, step.chunks, step.query_blocks
         assert size % 32 == 0
         assert ends.tolist() == [
             -(-length // int(size)) * min(n + 1, 7) for n in range(8)
@@ -122,12 +122,13 @@ def shared(capability, kernel, out, warps, stages, **sizes):
     return found.metadata.shared
 
 
-phi4 = {"HEADS": 10, "GROUP": 4, "DIM": 128, "PAGE": api.PAGE_SIZE, "KEYS": 64}
+phi4 = {"KV_HEADS": 10, "HEADS_PER_KV": 4, "DIM": 128}
+phi4 |= {"PAGE": api.PAGE_SIZE, "BLOCK_N": 64}
 kernel = api.attend_to_parts
 for card in map(int, sys.argv[1:]):
     print(
-        shared(card, kernel, "*fp32", 4, 2, SIZE=16, DECODING=True, **phi4),
-        shared(card, kernel, "*bf16", 4, 3, SIZE=api.BLOCK, DECODING=False, **phi4),
+        shared(card, kernel, "*fp32", 4, 2, BLOCK_M=16, DECODING=True, **phi4),
+        shared(card, kernel, "*bf16", 4, 3, BLOCK_M=api.QUERY_BLOCK, DECODING=False, **phi4),
         shared(card, api.merge_chunks, "*bf16", 1, 1, HEADS=40, DIM=128),
     )
 """

@@ -62,10 +62,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
-def unpack_in_float32(half_bytes: Any, scales: Any, DEPTH: Any, GROUP: Any) -> Any:
+def unpack_in_float32(half_bytes: Any, scales: Any, BLOCK_K: Any, GROUP: Any) -> Any:
     """As unpack_half_bytes, without the bits of bfloat16 that the interpreter lacks."""
-    scale = tl.load(scales[:, None] + tl.arange(0, DEPTH // GROUP))[:, :, None]
-    scale = tl.broadcast_to(scale, [scale.shape[0], DEPTH // GROUP, GROUP])
+    scale = tl.load(scales[:, None] + tl.arange(0, BLOCK_K // GROUP))[:, :, None]
+    scale = tl.broadcast_to(scale, [scale.shape[0], BLOCK_K // GROUP, GROUP])
     return (half_bytes.to(tl.float32) - 8.0) * tl.reshape(scale, half_bytes.shape)
 
 
@@ -104,7 +104,7 @@ def test_many_rows_are_the_librarys(kind: torch.dtype) -> None:
         (torch.bfloat16, 64, 5120, 17920, True, True),
         (torch.bfloat16, 1, 64, 256, True, True),
         (torch.bfloat16, 65, 5120, 17920, True, False),  # many
-        (torch.bfloat16, 8, 5152, 5120, True, False),  # no multiple of COLUMNS
+        (torch.bfloat16, 8, 5152, 5120, True, False),  # no multiple of BLOCK_N
         (torch.bfloat16, 8, 5120, 576, True, False),  # no multiple of DEPTH_BYTES
         (torch.bfloat16, 8, 5120, 5120, False, False),  # no Triton
         (torch.int8, 256, 5120, 128, True, True),

@@ -439,7 +439,7 @@ def test_an_answer_comes_back_as_the_model_has_written_it(counting, write, promp
 def chunks(body: Any, pieces: list[str]) -> Iterator[tuple[str, list[str]]]:
     """What has been written, and the chunks sent for it, as a stream sends them where
     the connection takes each at once."""
-    generation = api.Generation("m", body.stop, body.is_json(), body.mark())
+    generation = api.Generation("m", body.stop, body.is_json(), body.call_mark())
     sent, so_far = 0, ""
     for piece in [*pieces, None]:
         generation.feed(piece.encode() if piece else None)

@@ -30,7 +30,7 @@ SMALL = {
     "CUDNN_MIN_TOKENS": 80,
     "DECODE_PROGRAMS": 8,
     "CHUNK": 16,
-    "BLOCK": 16,
+    "QUERY_BLOCK": 16,
 }
 PATHS: set[tuple] = set()  # the kernel, and whether all rows decode
 SHAPES: set[tuple] = set()  # of the steps that would be CUDA graphs
@@ -76,7 +76,7 @@ def paged_reference(
     size = int(step.chunk_size)
     wanted = [-(-k // size) if n == 1 else 0 for n, k in zip(new, used, strict=True)]
     assert step.chunks[1].diff(prepend=torch.tensor([0])).tolist() == wanted
-    assert (step.blocks is None) == decoding == (int(new.max()) == 1)
+    assert (step.query_blocks is None) == decoding == (int(new.max()) == 1)
     return attend_by_row(q, pages, step.block_table, step.cu_seqlens_q, used, scale)
 
 
