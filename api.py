@@ -1506,7 +1506,7 @@ def multiply_few_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,  # weights of 4 bits that share a scale; 0: others
+    GROUP: tl.constexpr,  # weights of int4 that share a scale; 0: not int4
 ) -> None:
     """Some rows and columns of x @ weight.T, computed transposed: a matrix unit takes 64
     rows of its first operand at least, but only 8 columns of its second. So the few rows
