@@ -203,14 +203,16 @@ class Engine:
         threading.stack_size(1 << 28)
         logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
         attention = install_patches(device)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=settings.dtype,
             attn_implementation=attention,
             device_map=device if WORLD_SIZE == 1 else None,
             distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
             **model_download.quantization(settings, Linear),
         )
+        model_download.check_loaded(folder, model, info)
         ends = model_download.end_token_ids(model, tokenizer)
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
         ll_tokenizer = model_download.grammar_tokenizer(model, tokenizer, ends)
@@ -703,8 +705,7 @@ const TEXTS = { // English, Chinese
   busy: ["Answering …", "回答中……"], done: ["Complete", "回答完毕"], again: ["Send again", "重新发送"],
   full: ["The server is full.", "服务器繁忙。"], demo: ["(demo model, not phi-4)", "（演示模型，不是 phi-4）"],
   failed: ["The server answers with an error.", "服务器返回错误。"], 401: ["This key is wrong.", "密钥不正确。"],
-  key: ["This server needs a key: the PHI4_API_KEY it was started with.",
-    "此服务器需要密钥，请输入启动时设置的 PHI4_API_KEY。"],
+  key: ["This server needs a key: its PHI4_API_KEY.", "此服务器需要密钥，请输入它的 PHI4_API_KEY。"],
   403: [`This server has no key, so it answers only to its own names. Start it with export PHI4_API_KEY=KEY,
     or with --allowed-hosts ${location.hostname}, and reload this page.`,
     `服务器没有设置密钥，因此不接受通过此域名访问。请先 export PHI4_API_KEY=密钥，或用 --allowed-hosts ${location.hostname} 重新启动，再刷新本页。`],
@@ -743,8 +744,7 @@ const FENCE = /^[ \t]*(?:[-*+] |\d+[.)] )?[ \t]*(```+)([^`\n]*)\n([^]*?)(?:^[ \t
 function show(answer, parent, nodes, isWhole) {
   const text = isWhole ? answer : answer.replace(/(^|\n)[ \t]*([-*+]|\d+[.)]?)?[ \t]*(``?|```[^\n]*)?$/, "$1");
   const parts = text.split(FENCE); main.onscroll(); // the reader may have gone up a moment before its event
-  for (let i = 0; i < parts.length; i++) { // text, ```, language, code, text ...
-    if (i % 4 === 1 || i % 4 === 2) continue;
+  for (let i = 0; i < parts.length; i += i % 4 ? 1 : 3) { // text, ```, language, code, text ...
     const isCode = i % 4 === 3, part = isCode ? parts[i] : parts[i].trim();
     nodes[i] ??= (isCode ? addCode(parent, parts[i - 1]) : add(parent, "p")).appendChild(new Text());
     nodes[i].appendData(part.slice(nodes[i].length));
@@ -800,8 +800,7 @@ async function ask(prompt) {
   const turn = Object.assign(add(main, "section"), { ariaLabel: prompt.slice(0, 80) });
   add(turn, "p", "question", prompt);
   const body = add(turn, "div"), bar = add(turn, "div", "bar"), note = add(bar, "output", "", say("busy"));
-  send.textContent = say("stop");
-  main.scrollTop = main.scrollHeight;
+  send.textContent = say("stop"); main.scrollTop = main.scrollHeight;
   let answer = "", given, frame;
   try {
     const response = await post({ prompt, history, stream: true }, signal, note);
@@ -1588,10 +1587,11 @@ class Linear(nn.Linear):
     them. If they are float8, its input is rounded, too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, scale = x[0], None
+        rows, scale = x.flatten(0, -2), None
         if self.weight.dtype == torch.float8_e4m3fn:
             rows, scale = model_download.round_to_fp8(rows)
-        out = linear(rows, self.weight, scale, self.weight_scale)[None]
+        out = linear(rows, self.weight, scale, self.weight_scale)
+        out = out.unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
 
 

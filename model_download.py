@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 ROOT = Path("models")
 MODELSCOPE_REPO = "LLM-Research/phi-4"
 HUGGINGFACE_REPO = "microsoft/phi-4"
+# The weights, in one file or in numbered parts with an index.
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PARTS = "model-?????-of-?????.safetensors"
 NEEDED = (
     "config.json",
     "generation_config.json",
@@ -60,9 +63,9 @@ NEEDED = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
+    WEIGHTS,
+    PARTS,
+    INDEX,
 )
 ALWAYS_NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # No folder, no pattern, and no two names of one file on a disk that ignores case.
@@ -114,22 +117,27 @@ def missing_files(folder: Path) -> list[str]:
     problems = [
         problem for name in ALWAYS_NEEDED if (problem := _json_problem(folder / name))
     ]
-    index = folder / "model.safetensors.index.json"
-    shards = {path.name for path in folder.glob("*.safetensors")}
-    if index.exists():
-        try:
-            named = set(json.loads(index.read_bytes())["weight_map"].values())
-            if any(Path(name).name != one_line(name) for name in named):
-                raise ValueError("transformers would follow a path out of the folder")
-            shards = named
-        except DAMAGED:
-            problems.append(f"{index.name} (damaged)")
-    if not shards:
-        problems.append("*.safetensors")
-    for name in sorted(shards):
+    try:
+        shards = _shards(folder)
+    except DAMAGED:
+        return [*problems, f"{INDEX} (damaged)"]
+    for name in shards:
         if problem := _safetensors_problem(folder / name):
             problems.append(problem)
     return problems
+
+
+def _shards(folder: Path) -> list[str]:
+    """Names of the files whose weights transformers loads. Raises DAMAGED if the index of
+    numbered parts is damaged."""
+    if (folder / WEIGHTS).exists():
+        return [WEIGHTS]
+    if not (folder / INDEX).exists():
+        return [INDEX if any(folder.glob(PARTS)) else WEIGHTS]
+    shards = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    if not shards or any(Path(name).name != one_line(name) for name in shards):
+        raise ValueError("no names, or a path that leads out of the folder")
+    return sorted(shards)
 
 
 def check_complete(folder: Path) -> None:
@@ -151,27 +159,36 @@ def _json_problem(path: Path) -> str | None:
 
 
 def _safetensors_problem(path: Path) -> str | None:
-    """Compare the length of a safetensors file with what its header promises.
-
-    The format: 8 bytes of header length, the JSON header, then the tensors' data.
-    """
+    """Compare the length of a safetensors file with what its header promises."""
     if not path.is_file():
         return path.name
     size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            header_length = int.from_bytes(file.read(8), "little")
-            if header_length > min(size, MAX_JSON):
-                return f"{path.name} (damaged or cut short)"
-            header = json.loads(file.read(header_length))
-        tensors = [value for key, value in header.items() if key != "__metadata__"]
-        data_length = max(tensor["data_offsets"][1] for tensor in tensors)
-        expected = 8 + header_length + data_length
+        tensors, data_begins = _safetensors_header(path)
+        data_length = max(tensor["data_offsets"][1] for tensor in tensors.values())
+        expected = data_begins + data_length
+    except EOFError:
+        return f"{path.name} (damaged or cut short)"
     except DAMAGED:
         return f"{path.name} (damaged)"
     if size != expected:
         return f"{path.name} ({size} bytes instead of {expected})"
     return None
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, by name, and where their data begin.
+
+    The format: 8 bytes of header length, the JSON header, then the tensors' data. Raises
+    EOFError if the header is longer than the file, and DAMAGED.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(path.stat().st_size, MAX_JSON):
+            raise EOFError(path)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -275,8 +292,13 @@ def _fetch_config_first(
     config = folder / "config.json"
     if config.name in names:
         fetch(local_dir=folder, allow_patterns=[config.name])
-    if not _json_problem(config) and (why := _refusal(folder, named_format(folder))):
-        raise DownloadError(why)
+    if not _json_problem(config):
+        if why := _refusal(folder, named_format(folder)):
+            raise DownloadError(why)
+        try:
+            _check_shape(config, on_gpu=False)
+        except ValueError as error:
+            raise DownloadError(str(error)) from error
     # No pattern means all files to ModelScope's client.
     if others := [name for name in names if name != config.name]:
         fetch(local_dir=folder, allow_patterns=others)
@@ -303,13 +325,13 @@ def _needed(listing: Iterable[tuple[Any, Any, Any]]) -> dict[str, Listed]:
                     "run again later, or try another --source"
                 )
             files[name] = Listed(size, digest)
-    if "model.safetensors" in files:  # transformers prefers it to the same in parts
-        parts = "model-*", "model.safetensors.index.json"
-        for name in [name for name in files if any(fnmatch(name, p) for p in parts)]:
+    if WEIGHTS in files:  # transformers prefers it to the same in parts
+        for name in [name for name in files if name == INDEX or fnmatch(name, PARTS)]:
             del files[name]
     lacking = [name for name in ALWAYS_NEEDED if name not in files]
-    if not any(name.endswith(".safetensors") for name in files):
-        lacking.append("model.safetensors or its numbered parts")
+    if WEIGHTS not in files and INDEX not in files:
+        has_parts = any(fnmatch(name, PARTS) for name in files)
+        lacking.append(INDEX if has_parts else f"{WEIGHTS} or its numbered parts")
     if lacking:
         others = endings & {".gguf", ".bin", ".pt", ".pth", ".onnx", ".safetensors"}
         raise DownloadError(
@@ -550,11 +572,30 @@ def quantization(settings: Any, linear: type) -> dict[str, Any]:
     return {"config": config}
 
 
+def _expect_rounded(module: Any, kind: str, linear: type) -> None:
+    """Make a linear layer a `linear` of rounded weights, which have yet to come. Raises
+    ValueError for another module with weights that ought to be rounded."""
+    import torch
+
+    if type(module) is torch.nn.Linear:
+        if kind == "int4" and module.in_features % (2 * INT4_GROUP):
+            raise ValueError(f"--quantize int4 cannot halve {module}")
+        module.__class__ = linear
+        module._is_hf_initialized = True  # or random numbers would be put into integers
+        weight, scale = ROUND[kind](module.weight.to("meta"))
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        module.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    elif not isinstance(module, torch.nn.Embedding):
+        own = module.parameters(recurse=False)
+        if any(parameter.dim() > 1 for parameter in own):  # a mixture's experts
+            name = type(module).__name__
+            raise ValueError(f"the weights of {name} cannot be rounded")
+
+
 def rounding(kind: str, linear: type) -> Any:
     """Have transformers turn all linear layers but the output layer into `linear`, with a
     `weight_scale`, and round each weight when it has come to the device. Returns the
     configuration to ask for it."""
-    import torch
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers import HfQuantizer, auto
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -572,17 +613,8 @@ def rounding(kind: str, linear: type) -> Any:
         def _process_model_before_weight_loading(
             self, model: Any, **options: Any
         ) -> None:
-            for module in model.model.modules():
-                if type(module) is torch.nn.Linear:
-                    if kind == "int4" and module.in_features % (2 * INT4_GROUP):
-                        raise ValueError(f"--quantize int4 cannot halve {module}")
-                    module.__class__ = linear
-                    rounded = ROUND[kind](module.weight.to("meta"))
-                    for name, value in zip(
-                        ("weight", "weight_scale"), rounded, strict=True
-                    ):
-                        new = torch.nn.Parameter(value, requires_grad=False)
-                        module.register_parameter(name, new)
+            for module in model.base_model.modules():
+                _expect_rounded(module, kind, linear)
 
         def param_needs_quantization(
             self, model: Any, name: str, **options: Any
@@ -650,9 +682,10 @@ def _drops_system(tokenizer: Any) -> bool:
 SERVED = "of its family, phi-4, phi-4-reasoning and phi-4-reasoning-plus are served"
 
 
-def _check_shape(path: Path) -> None:
-    """Raise ValueError for the config.json of a relative of phi-4 that computes in another
-    way: it was never run here, and could answer wrongly without an error."""
+def _check_shape(path: Path, on_gpu: bool) -> None:
+    """Raise ValueError for the config.json of a model that could answer wrongly without an
+    error: a relative of phi-4 that computes in another way and was never run here, or, on
+    a GPU, one whose attention has a window."""
     config = json.loads(path.read_bytes())
     kind, why = str(config.get("model_type")), ""
     scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -662,17 +695,22 @@ def _check_shape(path: Path) -> None:
         scaling = rope.get("rope_type") or rope.get("type") or "default"
         part = rope.get("partial_rotary_factor") or 1
         window = rope.get("sliding_window") or math.inf
-        if kind != "phi3":
+        has_window = window < rope.get("max_position_embeddings", math.inf)
+        if has_window and rope.get("use_sliding_window", True) and on_gpu:
+            why = f"its attention has a window of {window} tokens, as in Phi-3"
+        elif not kind.startswith("phi"):
+            return
+        elif kind != "phi3":
             why = f"its model_type is {kind}"
         elif scaling != "default":
             why = f"its positions are scaled ({scaling}), as in Phi-3.5 and phi-4-mini"
         elif part != 1:
             why = f"its positions turn only a part of a head ({part}), as in phi-4-mini"
-        elif window < rope.get("max_position_embeddings", 0):
+        elif has_window:
             why = f"its attention has a window of {window} tokens, as in Phi-3"
     except TypeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if why and kind.startswith("phi"):
+    if why:
         raise ValueError(f"{path.parent} cannot be served: {why}; {SERVED}")
 
 
@@ -688,7 +726,7 @@ def preflight(settings: Any) -> "torch.device":
         check_complete(settings.model)
         method = check_format(settings.model, device != "cpu")
         _keep_tokenizers_of_llamas()
-        _check_shape(settings.model / "config.json")
+        _check_shape(settings.model / "config.json", device != "cpu")
     if settings.quantize != "none":
         if method:
             raise ValueError(f"--quantize: {settings.model} is quantized already")
@@ -706,7 +744,9 @@ def preflight(settings: Any) -> "torch.device":
     rounds = settings.quantize != "none" or method == FP8_ROWS
     needs_bfloat16 = device != "cpu" or rounds
     if needs_bfloat16 and settings.dtype == "float32":
-        raise ValueError("--dtype float32 is for --device cpu, and not for --quantize")
+        raise ValueError(
+            "--dtype float32 is for --device cpu, and not for rounded weights"
+        )
     if settings.dtype == "auto":
         # CPUs that multiply bfloat16 are faster with it, others far slower.
         fast = needs_bfloat16 or torch.cpu._is_avx512_bf16_supported()
@@ -725,6 +765,8 @@ def _is_float8(quantized: dict[str, Any]) -> bool:
     tokens = kind | {"strategy": "token", "dynamic": True}
     return (
         quantized.get("format") == "float-quantized"
+        and not quantized.get("transform_config")
+        and (quantized.get("sparsity_config") or {}).get("format", "dense") == "dense"
         and quantized.get("ignore") == ["lm_head"]
         and groups[0].get("targets") == ["Linear"]
         and rows.items() <= (groups[0].get("weights") or {}).items()
@@ -742,8 +784,11 @@ def named_format(folder: Path) -> str | None:
         quantized = config.get("quantization_config") or {}
         if _is_float8(quantized):
             return FP8_ROWS
+        by_bitsandbytes = (
+            quantized.get("quant_method", "bitsandbytes") == "bitsandbytes"
+        )
         for bits in 4, 8:
-            if quantized.get(f"load_in_{bits}bit"):
+            if by_bitsandbytes and quantized.get(f"load_in_{bits}bit"):
                 return f"bitsandbytes {bits}-bit"
         if not quantized:
             return None
@@ -761,15 +806,31 @@ def _unnamed_format(folder: Path) -> str | None:
 
     transformers would take the numbers without their scales, or random ones instead.
     """
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                dtype = file.get_slice(name).get_dtype()
-                if name.endswith("weight") and dtype not in ("F32", "F16", "BF16"):
-                    return f"{dtype} without a name in config.json"
+    for shard in _shards(folder):
+        tensors, _ = _safetensors_header(folder / shard)
+        for name, tensor in tensors.items():
+            dtype, what = str(tensor.get("dtype")), name.rpartition(".")[2]
+            if "weight" in what and dtype not in ("F64", "F32", "F16", "BF16"):
+                return f"{one_line(dtype)} without a name in config.json"
     return None
+
+
+def check_loaded(folder: Path, model: Any, info: dict[str, Any]) -> None:
+    """Raise ValueError if the files lacked weights, in whose place transformers has put
+    random numbers, or hold more of a layer than it has taken, such as scales. `info` is
+    what `from_pretrained` says of the loading."""
+    modules = dict(model.named_modules())
+    layers = (name.rpartition(".") for name in info["unexpected_keys"])
+    ignored = [
+        f"{layer}.{name}"
+        for layer, _, name in layers
+        if hasattr(modules.get(layer), "weight")
+    ]
+    for what, names in (("lacks", info["missing_keys"]), ("should not have", ignored)):
+        if names:
+            first, more = sorted(names)[:3], len(names) - 3
+            others = f" and {more} more" if more > 0 else ""
+            raise ValueError(f"{folder} {what} {', '.join(first)}{others}")
 
 
 def _refusal(folder: Path, found: str | None) -> str | None:

@@ -86,7 +86,7 @@ def test_it_is_bfloat16_that_is_rounded(
     plain = api.Settings(model=tiny_folder, device="cpu")
     model_download.preflight(plain)
     assert plain.dtype == "float32"
-    with pytest.raises(ValueError, match="not for --quantize"):
+    with pytest.raises(ValueError, match="not for rounded weights"):
         model_download.preflight(api.Settings(**options, dtype="float32"))
 
 
@@ -116,6 +116,43 @@ def test_a_bias_is_kept(tmp_path: Path) -> None:
         exact, found = (m(asked).logits.float() for m in (model, rounded))
     assert type(rounded.model.layers[0].self_attn.v_proj) is api.Linear
     assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+def test_a_layer_takes_rows_without_a_batch(kind: str) -> None:
+    """As models call layers that have some of the tokens only."""
+    layer = nn.Linear(64, 32)
+    weight, layer.weight_scale = model_download.ROUND[kind](
+        layer.weight.data.bfloat16()
+    )
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias.data = layer.bias.data.bfloat16()
+    layer.__class__ = api.Linear
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = layer(x)
+    assert found.shape == (2, 3, 32)
+    assert len(found.unique()) > 100
+    assert torch.equal(layer(x.flatten(0, 1)), found.flatten(0, 1))
+
+
+def test_experts_cannot_be_rounded(tmp_path: Path) -> None:
+    """They are no linear layers, and would stay as large as they are."""
+    config = transformers.MixtralConfig(
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=64,
+        intermediate_size=64,
+        num_local_experts=2,
+        vocab_size=100,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    quantizer = model_download.rounding("int8", api.Linear)
+    with pytest.raises(ValueError, match=r"weights of Mixtral\w+ cannot be rounded"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype="bfloat16", quantization_config=quantizer
+        )
 
 
 def test_features_that_have_no_halves_are_named(tmp_path: Path) -> None:
@@ -211,6 +248,8 @@ FP8_DYNAMIC = {
         {"ignore": ["lm_head", "model.layers.0.mlp.down_proj"]},
         {"ignore": []},
         {"format": "pack-quantized"},
+        {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
         {"config_groups": {"group_0": GROUP, "group_1": GROUP}},
         {"config_groups": {"group_0": GROUP | {"targets": ["re:.*down.*"]}}},
         {"config_groups": {"group_0": GROUP | {"input_activations": None}}},

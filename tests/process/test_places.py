@@ -492,6 +492,7 @@ NOT_SERVED = [
     ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
     ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+    ({"quant_method": "hqq", "load_in_4bit": True}, "hqq"),
     ({"quant_method": "torchao", "quant_type": {}}, "torchao"),
     ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
     ({"quant_method": "quark"}, "quark"),

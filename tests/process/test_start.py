@@ -15,6 +15,7 @@ import pytest
 import requests
 import torch
 from net import DEADLINE
+from safetensors.torch import load_file, save_file
 from server import ROOT, ended, forked, running
 from transformers import AutoTokenizer
 from transformers.generation.continuous_batching import continuous_api
@@ -130,6 +131,59 @@ def test_phi4_and_strangers_are_not_refused(
     del told["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(told | config))
     model_download.preflight(api.Settings(model=folder, device="cpu"))
+
+
+@pytest.mark.parametrize("uses", [True, False, None])
+def test_a_window_is_refused_on_a_gpu(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uses: bool | None,
+) -> None:
+    """Its attention has none; a CPU's does."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    told = json.loads((folder / "config.json").read_text())
+    told |= {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": uses}
+    if uses is None:
+        del told["use_sliding_window"]  # mistral's config has no such field
+    (folder / "config.json").write_text(json.dumps(told))
+    monkeypatch.setattr(model_download, "_check_gpu", lambda *_: None)
+    model_download.preflight(api.Settings(model=folder, device="cpu"))
+    on_gpu = api.Settings(model=folder, device="cuda:0")
+    if uses is False:
+        model_download.preflight(on_gpu)
+    else:
+        with pytest.raises(ValueError, match="a window of 16 tokens"):
+            model_download.preflight(on_gpu)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "fp8"])
+@pytest.mark.parametrize("kind", ["a tensor", "all tensors", "packed", "more"])
+def test_files_that_do_not_have_the_weights(
+    tiny_folder: Path, tmp_path: Path, kind: str, quantize: Any
+) -> None:
+    """transformers would put random numbers in their place, or leave out their scales,
+    and answer with nonsense."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    says = f"lacks {re.escape(name)}"
+    if kind == "a tensor":
+        del weights[name]
+    elif kind == "packed":
+        weights[f"{name}_packed"] = weights.pop(name).to(torch.int32)
+        says = "quantized as I32 without a name"
+    elif kind == "more":
+        name = name.replace("weight", "input_scale")
+        weights[name] = torch.ones(1)
+        says = f"should not have {re.escape(name)}"
+    else:  # as torch.compile's models are saved
+        weights = {f"_orig_mod.{key}": value for key, value in weights.items()}
+        says = r"lacks lm_head.weight, model.embed_tokens.weight, .* and [0-9]+ more"
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = api.Settings(model=folder, device="cpu", quantize=quantize)
+    with pytest.raises(ValueError, match=says):
+        api.Engine(settings).load()
 
 
 def test_port_in_use(tiny_folder: Path) -> None:

@@ -704,6 +704,7 @@ def test_weights_in_one_file_are_not_fetched_in_parts_too(
             [*JSON, "phi-4-Q4_K_M.gguf"],
             "lacks model.safetensors or its numbered parts, ",
         ),
+        ([*JSON, FIRST], f"lacks {INDEX}, "),
         (["phi-4-Q4_K_M.gguf", "params"], "of weights it has .gguf: "),
         ([*JSON, "pytorch_model.bin", "model.onnx"], "of weights it has .bin, .onnx: "),
         ([*JSON, "adapter_model.safetensors"], "of weights it has .safetensors: "),
@@ -735,6 +736,17 @@ def test_format_that_is_not_served_is_known_before_the_weights_are_fetched(
     assert [name for name, _ in other.fetched] == ["config.json"]
     line = failure("--source", source, "--repo", OTHER)
     assert "quantized as awq" in line
+    assert [name for name, _ in other.fetched] == ["config.json"]
+
+
+@both_hubs
+def test_a_relative_is_known_before_its_weights_are_fetched(
+    source: str, other: Hub, failure: Callable[..., str]
+) -> None:
+    shape = {"model_type": "phi3", "partial_rotary_factor": 0.75}  # phi-4-mini's
+    other.files["config.json"] = json.dumps(shape).encode()
+    line = failure("--source", source, "--repo", OTHER)
+    assert "cannot be served: its positions" in line and "run again" not in line
     assert [name for name, _ in other.fetched] == ["config.json"]
 
 
@@ -867,7 +879,8 @@ def test_missing_file(folder: Path, name: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors"]
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    names.append("model.safetensors")
     assert missing_files(tmp_path / "nowhere") == names
 
 
@@ -884,6 +897,7 @@ def test_damaged_json(folder: Path, name: str, content: bytes) -> None:
         b"[]",
         b"{}",
         b'{"weight_map": []}',
+        b'{"weight_map": {}}',
         b'{"weight_map": {"a": 1}}',
         b'{"weight_map": {"a": "../x.safetensors"}}',
         b'{"weight_map": {"a": "\\u001b[2J.safetensors"}}',
@@ -894,9 +908,20 @@ def test_index_without_shards(folder: Path, content: bytes) -> None:
     assert missing_files(folder) == [f"{INDEX} (damaged)"]
 
 
-def test_index_of_nothing(folder: Path) -> None:
-    (folder / INDEX).write_text('{"weight_map": {}}')
-    assert missing_files(folder) == ["*.safetensors"]
+def test_parts_without_an_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    assert missing_files(folder) == [INDEX]
+
+
+def test_only_what_is_loaded_counts(folder: Path) -> None:
+    """transformers takes model.safetensors, or else what the index names."""
+    (folder / "consolidated.safetensors").write_bytes(b"")
+    assert missing_files(folder) == []
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert missing_files(folder) == ["model.safetensors (damaged or cut short)"]
+    (folder / "model.safetensors").write_bytes(safetensors(10))
+    (folder / FIRST).unlink()
+    assert missing_files(folder) == []
 
 
 @pytest.mark.parametrize("change", [-1, 1])

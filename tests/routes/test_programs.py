@@ -217,10 +217,11 @@ def test_openai_assembles_streamed_calls(client, steer):
     assert [part.index for part in firsts] == list(range(len(called)))
     assert all(part.function.name and part.type == "function" for part in firsts)
     later = [part for part in parts if not part.id]
-    assert later and all(part.function.name is None for part in later)
+    assert len(later) > len(called)  # in pieces, some of several tokens
+    assert all(part.function.name is None for part in later)
     for index, (_, arguments) in enumerate(called):
         pieces = [part.function.arguments for part in parts if part.index == index]
-        assert "".join(pieces) == arguments and len(pieces) > 2
+        assert "".join(pieces) == arguments and len(pieces) > 1
 
 
 def test_openai_assembles_a_message_without_text(client, steer):
@@ -313,7 +314,7 @@ def test_openai_gets_text_before_a_call(calling, client):
         whole = client.chat.completions.create(seed=seed, **asked).choices[0]
         if whole.message.content and whole.message.tool_calls:
             break
-    assert whole.message.content and "<tool" not in whole.message.content
+    assert whole.message.content and "<tool_call>" not in whole.message.content
     assert whole.finish_reason == "tool_calls"
     with client.chat.completions.stream(seed=seed, **asked) as stream:
         streamed = stream.get_final_completion().choices[0]

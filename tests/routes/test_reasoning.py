@@ -328,7 +328,7 @@ def test_sampling_is_the_folders(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     told_by(folder, **SAID)
     with running(model=folder) as server:
-        ask = partial(server.answer, max_new_tokens=30, seed=1)
+        ask = partial(server.answer, max_new_tokens=90, seed=1)
         own = ask()
         greedy = ask(temperature=0)
         assert own != greedy == ask(temperature=0, top_k=0, top_p=1)
@@ -342,13 +342,13 @@ def test_sampling_is_the_folders(tiny_folder: Path, tmp_path: Path) -> None:
             seen.add(changed)
         assert len(seen) == 4
         assert ask(seed=2) != own
-        answer = server.post("hello", V1, max_tokens=30, seed=1).json()  # the same
+        answer = server.post("hello", V1, max_tokens=90, seed=1).json()  # the same
         assert answer["choices"][0]["message"]["content"] == own
     with running(model=folder, temperature=0) as server:
-        assert server.answer(max_new_tokens=30) == greedy
+        assert server.answer(max_new_tokens=90) == greedy
     told_by(folder, do_sample=False)
     with running(model=folder) as server:
-        assert server.answer(max_new_tokens=30) == greedy
+        assert server.answer(max_new_tokens=90) == greedy
 
 
 def test_default_of_new_tokens(folder: Path, thinker: Running) -> None:
