@@ -548,6 +548,7 @@ def test_a_format_that_config_json_does_not_name(tiny_folder, tmp_path, tensor, 
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.some_buffer"] = torch.ones(2, dtype=torch.int64)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "consolidated.safetensors").write_bytes(b"")  # is not loaded
     settings = api.Settings(model=folder, device="cpu")
     assert model_download.preflight(settings).type == "cpu"
     weights[tensor] = torch.ones(2, 2).to(dtype)
