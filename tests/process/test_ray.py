@@ -255,7 +255,7 @@ def test_no_replica_is_sent_more_than_it_takes(
 
 def test_the_command_of_the_readme(built: Any) -> None:
     for command in SERVE:
-        program, *arguments = shlex.split(command)
+        program, *arguments = shlex.split(command, comments=True)
         assert arguments[:2] == ["run", "cluster:app"], program
         assert built(**dict(each.split("=") for each in arguments[2:]))
 
