@@ -34,7 +34,7 @@ reply(). One thread owns the model; the event loop never waits for it.
 The file has the engine first, then the routes that call it and the chat page, which is a
 client of POST /. A section on the insides of transformers and torch follows, which a
 first reading may skip. The entry points come last. py_api.py has a small client, the
-formats of requests and responses, and the limits for clients that nobody trusts.
+formats of requests and responses, and limits against clients that misbehave.
 model_download.py has the settings, and checks the folder and the machine before anything
 is loaded.
 """
@@ -708,7 +708,7 @@ const TEXTS = { // English, Chinese
   key: ["This server needs a key: its PHI4_API_KEY.", "此服务器需要密钥，请输入它的 PHI4_API_KEY。"],
   403: [`This server has no key, so it answers only to its own names. Start it with export PHI4_API_KEY=KEY,
     or with --allowed-hosts ${location.hostname}, and reload this page.`,
-    `服务器没有设置密钥，因此不接受通过此域名访问。请先 export PHI4_API_KEY=密钥，或用 --allowed-hosts ${location.hostname} 重新启动，再刷新本页。`],
+    `服务器没有设置密钥，因此不接受通过此域名访问。请设置密钥（export PHI4_API_KEY=密钥）或加上 --allowed-hosts ${location.hostname}，重新启动服务器后刷新本页。`],
   loading: ["The model is loading. That takes a minute or more.", "模型正在加载，需要一分钟或更久。"],
   gone: ["The server does not answer. Is it running?", "服务器没有响应，请确认它是否在运行。"],
   broken: ["The answer is not complete. It is not part of the conversation.", "回答不完整，不计入对话。"],
@@ -1225,9 +1225,9 @@ MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 64
 CUDNN_MIN_TOKENS = 4096
 # Rows that decode have their cached tokens cut into chunks of a multiple of CHUNK tokens,
 # so that all rows together take about DECODE_PROGRAMS programs of the kernel. Other rows
-# have their new tokens cut into blocks of QUERY_BLOCK tokens times heads. Measured on an
-# H100.
-DECODE_PROGRAMS, CHUNK, QUERY_BLOCK = 2048, 64, 64
+# have their new tokens cut into blocks of QUERY_BLOCK tokens times heads. A program looks
+# at KEY_BLOCK keys at a time. Measured on an H100.
+DECODE_PROGRAMS, CHUNK, QUERY_BLOCK, KEY_BLOCK = 2048, 64, 64, 64
 
 
 class StepShape(NamedTuple):
@@ -1323,12 +1323,12 @@ def attend_to_parts(
     out: "Tensor",
     logsumexp: "Tensor",
     scale: "float",
-    KV_HEADS: tl.constexpr,  # of keys
-    HEADS_PER_KV: tl.constexpr,  # heads of queries for each
+    KV_HEADS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,  # query heads for each
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,  # tokens times heads of a part, or more
-    BLOCK_N: tl.constexpr,  # looked at together
+    BLOCK_N: tl.constexpr,  # keys that are looked at together
     DECODING: tl.constexpr,
 ) -> None:
     """FlashAttention (Dao, 2023) of one part and one key head. The query heads that share
@@ -1355,8 +1355,8 @@ def attend_to_parts(
         position = length - end_q + token
         offset = (token * KV_HEADS + head) * HEADS_PER_KV + index % HEADS_PER_KV
         q = tl.load(query + offset[:, None] * DIM + d, mask=is_ours[:, None], other=0.0)
-        row_max = tl.full([BLOCK_M], -1e30, tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        score_max = tl.full([BLOCK_M], -1e30, tl.float32)
+        exp_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIM], tl.float32)
         for start_n in tl.range(begin, end, BLOCK_N):
             key, is_key = start_n + n, start_n + n < end
@@ -1366,17 +1366,17 @@ def attend_to_parts(
             k = tl.load(keys + offset_k, mask=is_key[:, None], other=0.0)
             seen = is_key[None, :] & (key[None, :] <= position[:, None])
             score = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -1e30)
-            new_max = tl.maximum(row_max, tl.max(score, 1))
+            new_max = tl.maximum(score_max, tl.max(score, 1))
             weight = tl.exp2(score - new_max[:, None])
-            shrink = tl.exp2(row_max - new_max)
+            shrink = tl.exp2(score_max - new_max)
             v = tl.load(values + offset_k, mask=is_key[:, None], other=0.0)
             acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
-            row_sum, row_max = row_sum * shrink + tl.sum(weight, 1), new_max
-        acc /= row_sum[:, None]
+            exp_sum, score_max = exp_sum * shrink + tl.sum(weight, 1), new_max
+        acc /= exp_sum[:, None]
         if DECODING:
             offset = (part * KV_HEADS + head) * HEADS_PER_KV + index
             is_ours = index < HEADS_PER_KV
-            tl.store(logsumexp + offset, row_max + tl.log2(row_sum), mask=is_ours)
+            tl.store(logsumexp + offset, score_max + tl.log2(exp_sum), mask=is_ours)
         places = out + offset[:, None] * DIM + d
         tl.store(places, acc.to(out.dtype.element_ty), mask=is_ours[:, None])
 
@@ -1394,17 +1394,17 @@ def merge_chunks(
     """The average of a row's chunks, weighted by their sums of exponentials."""
     row, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, DIM)
     first = tl.load(ends + row - 1, mask=row > 0, other=0)
-    row_max, row_sum, acc = -1e30, 0.0, tl.zeros([DIM], tl.float32)
+    score_max, exp_sum, acc = -1e30, 0.0, tl.zeros([DIM], tl.float32)
     for part in tl.range(first, tl.load(ends + row)):
         offset = part * HEADS + head
         found = tl.load(logsumexp + offset)
-        new_max = tl.maximum(row_max, found)
-        shrink, weight = tl.exp2(row_max - new_max), tl.exp2(found - new_max)
+        new_max = tl.maximum(score_max, found)
+        shrink, weight = tl.exp2(score_max - new_max), tl.exp2(found - new_max)
         acc = acc * shrink + tl.load(parts + offset * DIM + d) * weight
-        row_sum, row_max = row_sum * shrink + weight, new_max
+        exp_sum, score_max = exp_sum * shrink + weight, new_max
     if first < tl.load(ends + row):
         offset = tl.load(cu_seqlens_q + row) * HEADS + head
-        tl.store(out + offset * DIM + d, (acc / row_sum).to(out.dtype.element_ty))
+        tl.store(out + offset * DIM + d, (acc / exp_sum).to(out.dtype.element_ty))
 
 
 def paged_attention(
@@ -1418,7 +1418,7 @@ def paged_attention(
     logsumexp = torch.empty(num_chunks, heads, device=q.device)
     inputs = q, k, v, table, table.stride(0), step.cu_seqlens_q, step.cu_seqlens_k
     sizes = {"KV_HEADS": kv_heads, "HEADS_PER_KV": heads // kv_heads, "DIM": dim}
-    sizes |= {"PAGE": step.page_size, "BLOCK_N": 64}
+    sizes |= {"PAGE": step.page_size, "BLOCK_N": KEY_BLOCK}
 
     def attend_to(parts: Parts, out: Tensor, **more: int) -> None:
         kernel = attend_to_parts[(len(parts[0]) * kv_heads,)]

@@ -296,7 +296,7 @@ def _fetch_config_first(
         if why := _refusal(folder, named_format(folder)):
             raise DownloadError(why)
         try:
-            _check_shape(config, on_gpu=False)
+            _check_shape(config)
         except ValueError as error:
             raise DownloadError(str(error)) from error
     # No pattern means all files to ModelScope's client.
@@ -589,7 +589,7 @@ def _expect_rounded(module: Any, kind: str, linear: type) -> None:
         own = module.parameters(recurse=False)
         if any(parameter.dim() > 1 for parameter in own):  # a mixture's experts
             name = type(module).__name__
-            raise ValueError(f"the weights of {name} cannot be rounded")
+            raise ValueError(f"--quantize: the weights of {name} cannot be rounded")
 
 
 def rounding(kind: str, linear: type) -> Any:
@@ -682,36 +682,45 @@ def _drops_system(tokenizer: Any) -> bool:
 SERVED = "of its family, phi-4, phi-4-reasoning and phi-4-reasoning-plus are served"
 
 
-def _check_shape(path: Path, on_gpu: bool) -> None:
-    """Raise ValueError for the config.json of a model that could answer wrongly without an
-    error: a relative of phi-4 that computes in another way and was never run here, or, on
-    a GPU, one whose attention has a window."""
-    config = json.loads(path.read_bytes())
-    kind, why = str(config.get("model_type")), ""
-    scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _check_shape(path: Path) -> None:
+    """Raise ValueError for the config.json of a relative of phi-4 that computes in another
+    way: it was never run here, and could answer wrongly without an error."""
     try:
+        config = json.loads(path.read_bytes())
+        kind, why = str(config.get("model_type")), ""
+        scaled = config.get("rope_parameters") or config.get("rope_scaling") or {}
         # transformers 5 has these keys in one dictionary, the hub's files in two.
         rope = config | scaled
         scaling = rope.get("rope_type") or rope.get("type") or "default"
         part = rope.get("partial_rotary_factor") or 1
         window = rope.get("sliding_window") or math.inf
-        has_window = window < rope.get("max_position_embeddings", math.inf)
-        if has_window and rope.get("use_sliding_window", True) and on_gpu:
-            why = f"its attention has a window of {window} tokens, as in Phi-3"
-        elif not kind.startswith("phi"):
-            return
-        elif kind != "phi3":
+        if kind != "phi3":
             why = f"its model_type is {kind}"
         elif scaling != "default":
             why = f"its positions are scaled ({scaling}), as in Phi-3.5 and phi-4-mini"
         elif part != 1:
             why = f"its positions turn only a part of a head ({part}), as in phi-4-mini"
-        elif has_window:
+        elif window < rope.get("max_position_embeddings", 0):
             why = f"its attention has a window of {window} tokens, as in Phi-3"
-    except TypeError as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if why:
+    if why and kind.startswith("phi"):
         raise ValueError(f"{path.parent} cannot be served: {why}; {SERVED}")
+
+
+def _check_window(folder: Path) -> None:
+    """Raise ValueError for a model whose attention has a window: a GPU's has none here."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    has_window = window and "sliding_attention" in kinds
+    if has_window and window < config.max_position_embeddings:
+        raise ValueError(
+            f"{folder} cannot be served on a GPU: its attention has a window of "
+            f"{window} tokens, which works with --device cpu only"
+        )
 
 
 def preflight(settings: Any) -> "torch.device":
@@ -726,7 +735,7 @@ def preflight(settings: Any) -> "torch.device":
         check_complete(settings.model)
         method = check_format(settings.model, device != "cpu")
         _keep_tokenizers_of_llamas()
-        _check_shape(settings.model / "config.json", device != "cpu")
+        _check_shape(settings.model / "config.json")
     if settings.quantize != "none":
         if method:
             raise ValueError(f"--quantize: {settings.model} is quantized already")
@@ -819,18 +828,21 @@ def check_loaded(folder: Path, model: Any, info: dict[str, Any]) -> None:
     """Raise ValueError if the files lacked weights, in whose place transformers has put
     random numbers, or hold more of a layer than it has taken, such as scales. `info` is
     what `from_pretrained` says of the loading."""
-    modules = dict(model.named_modules())
-    layers = (name.rpartition(".") for name in info["unexpected_keys"])
-    ignored = [
-        f"{layer}.{name}"
-        for layer, _, name in layers
-        if hasattr(modules.get(layer), "weight")
-    ]
-    for what, names in (("lacks", info["missing_keys"]), ("should not have", ignored)):
-        if names:
-            first, more = sorted(names)[:3], len(names) - 3
-            others = f" and {more} more" if more > 0 else ""
-            raise ValueError(f"{folder} {what} {', '.join(first)}{others}")
+    # Names in files may lack the prefix.
+    prefix = f"{model.base_model_prefix}."
+    layers = tuple(
+        f"{name.removeprefix(prefix)}."
+        for name, module in model.named_modules()
+        if hasattr(module, "weight")
+    )
+    unexpected = info["unexpected_keys"]
+    more = [key for key in unexpected if key.removeprefix(prefix).startswith(layers)]
+    what = (info["missing_keys"], "lacks"), (more, "holds more than config.json tells:")
+    for keys, problem in what:
+        if keys:
+            some = ", ".join(sorted(keys)[:3])
+            others = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"{folder} {problem} {some}{others}")
 
 
 def _refusal(folder: Path, found: str | None) -> str | None:
@@ -886,9 +898,11 @@ def _keep_tokenizers_of_llamas() -> None:
 
 
 def _check_gpu(device: str, settings: Any, method: str | None) -> None:
-    """Raise ValueError if the GPU does not work, or cannot hold the model."""
+    """Raise ValueError if the GPU does not work, or cannot serve or hold the model."""
     import torch
 
+    if not settings.demo:
+        _check_window(settings.model)
     try:
         name = torch.cuda.get_device_name(device)
         capability = torch.cuda.get_device_capability(device)

@@ -225,7 +225,7 @@ def schema_error(param: str, why: str | Exception) -> ClientError:
     return ClientError(f"{param}: the JSON schema cannot be used: {why}", param)
 
 
-# In place of pydantic's own messages, which describe its types and numbers.
+# In place of pydantic's own messages, which speak of lengths and of its own types.
 MESSAGES = {"too_long": "has more than {max_length} entries", "too_short": "is empty"}
 MESSAGES["string_unicode"] = "has a lone surrogate, which no UTF-8 text has"
 NO_OBJECT = "model_type", "model_attributes_type", "dict_type"
@@ -769,7 +769,7 @@ def keywords(text: str) -> set[str]:
 
 
 # Keywords whose value is a schema, or a list of them; schemas by name; and others that
-# llguidance 1.9.1 knows. Other keywords have no effect; those in LACKING are refused.
+# llguidance 1.9.1 knows. Other keywords have no effect; those in LACKING it lacks.
 NESTED = keywords(
     "items additionalItems additionalProperties prefixItems allOf anyOf oneOf"
 )
@@ -796,9 +796,9 @@ EXACT, LARGEST = 2**53, 2**63 - 1024
 
 
 class Preparation:
-    """Rewrites a JSON schema so that llguidance accepts it, and accepts no answer that
-    the schema does not. What llguidance lacks is left out if `lenient`, otherwise it is a
-    ValueError."""
+    """Rewrites a JSON schema so that llguidance accepts it. What llguidance lacks is a
+    ValueError, or is left out if `lenient`; otherwise it accepts no answer that the schema
+    does not."""
 
     def __init__(self, lenient: bool) -> None:
         self.lenient = lenient
@@ -847,7 +847,7 @@ class Preparation:
 
     def _text(self, schema: dict[str, Any]) -> None:
         """Where a class of characters excludes quotes or backslashes, llguidance lets them
-        through, unless the class excludes a control character, too: so it gets a tab."""
+        through, unless it excludes a control character, too: so a tab is added to it."""
         name, pattern = schema.get("format"), schema.get("pattern")
         if isinstance(name, str) and name not in FORMATS:
             del schema["format"]
@@ -930,7 +930,7 @@ def _in_pointer(name: str) -> str:
 
 
 def excluding_tabs(pattern: str) -> str:
-    """A regular expression whose classes of other characters have no tab, either."""
+    """The regular expression with a tab added to each negated class of characters."""
     return re.sub(
         r"\\.|\[\^(?!\])", lambda part: part[0].replace("[^", r"[^\t"), pattern
     )

@@ -123,7 +123,7 @@ def shared(capability, kernel, out, warps, stages, **sizes):
 
 
 phi4 = {"KV_HEADS": 10, "HEADS_PER_KV": 4, "DIM": 128}
-phi4 |= {"PAGE": api.PAGE_SIZE, "BLOCK_N": 64}
+phi4 |= {"PAGE": api.PAGE_SIZE, "BLOCK_N": api.KEY_BLOCK}
 kernel = api.attend_to_parts
 for card in map(int, sys.argv[1:]):
     print(

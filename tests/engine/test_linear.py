@@ -105,7 +105,7 @@ def test_many_rows_are_the_librarys(kind: torch.dtype) -> None:
         (torch.bfloat16, 1, 64, 256, True, True),
         (torch.bfloat16, 65, 5120, 17920, True, False),  # many
         (torch.bfloat16, 8, 5152, 5120, True, False),  # no multiple of BLOCK_N
-        (torch.bfloat16, 8, 5120, 576, True, False),  # no multiple of DEPTH_BYTES
+        (torch.bfloat16, 8, 5120, 576, True, False),  # no multiple of BLOCK_K_BYTES
         (torch.bfloat16, 8, 5120, 5120, False, False),  # no Triton
         (torch.int8, 256, 5120, 128, True, True),
         (torch.int8, 257, 5120, 128, True, False),

@@ -255,6 +255,12 @@ def next_token(prompt: list[int], answer: list[int], **sampling: Any) -> int:
         ([5], [], {"min_tokens": 1}, 2),  # not the end yet
         ([5], [2], {"min_tokens": 1}, 3),
         ([5], [], {"min_tokens": 1, "logit_bias": {"3": 100}}, 2),
+        (
+            [5],
+            [],
+            {"min_tokens": 1, "logit_bias": ONLY_6_AND_7 | {"7": -9, "6": -9}},
+            7,
+        ),
     ],
 )
 def test_penalties_bias_and_min_tokens(prompt, answer, sampling, expected):

@@ -133,30 +133,6 @@ def test_phi4_and_strangers_are_not_refused(
     model_download.preflight(api.Settings(model=folder, device="cpu"))
 
 
-@pytest.mark.parametrize("uses", [True, False, None])
-def test_a_window_is_refused_on_a_gpu(
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    uses: bool | None,
-) -> None:
-    """Its attention has none; a CPU's does."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
-    told = json.loads((folder / "config.json").read_text())
-    told |= {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": uses}
-    if uses is None:
-        del told["use_sliding_window"]  # mistral's config has no such field
-    (folder / "config.json").write_text(json.dumps(told))
-    monkeypatch.setattr(model_download, "_check_gpu", lambda *_: None)
-    model_download.preflight(api.Settings(model=folder, device="cpu"))
-    on_gpu = api.Settings(model=folder, device="cuda:0")
-    if uses is False:
-        model_download.preflight(on_gpu)
-    else:
-        with pytest.raises(ValueError, match="a window of 16 tokens"):
-            model_download.preflight(on_gpu)
-
-
 @pytest.mark.parametrize("quantize", ["none", "int8", "fp8"])
 @pytest.mark.parametrize("kind", ["a tensor", "all tensors", "packed", "more"])
 def test_files_that_do_not_have_the_weights(
@@ -174,9 +150,10 @@ def test_files_that_do_not_have_the_weights(
         weights[f"{name}_packed"] = weights.pop(name).to(torch.int32)
         says = "quantized as I32 without a name"
     elif kind == "more":
-        name = name.replace("weight", "input_scale")
+        weights = {key.removeprefix("model."): it for key, it in weights.items()}
+        name = "layers.1.mlp.down_proj.lora_A.weight"
         weights[name] = torch.ones(1)
-        says = f"should not have {re.escape(name)}"
+        says = f"holds more than config.json tells: {re.escape(name)}"
     else:  # as torch.compile's models are saved
         weights = {f"_orig_mod.{key}": value for key, value in weights.items()}
         says = r"lacks lm_head.weight, model.embed_tokens.weight, .* and [0-9]+ more"
@@ -184,6 +161,19 @@ def test_files_that_do_not_have_the_weights(
     settings = api.Settings(model=folder, device="cpu", quantize=quantize)
     with pytest.raises(ValueError, match=says):
         api.Engine(settings).load()
+
+
+def test_what_files_hold_beside_the_weights_is_left_alone(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    weights["v_head.summary.weight"] = torch.ones(1, 8)
+    weights["model.layers.7.mlp.down_proj.weight"] = torch.ones(1, 8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    api.Engine(api.Settings(model=folder, device="cpu")).load()
 
 
 def test_port_in_use(tiny_folder: Path) -> None:
@@ -259,6 +249,46 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(cuda, "get_device_capability", lambda *_: card["capability"])
     monkeypatch.setattr(cuda, "mem_get_info", lambda *_: (card["free"], 80 * 2**30))
     return card
+
+
+QWEN2 = {"model_type": "qwen2", "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    "config, window",
+    [
+        ({"model_type": "mistral", "sliding_window": 16}, 16),
+        (
+            {"model_type": "mistral", "max_position_embeddings": 8192},
+            4096,
+        ),  # its default
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}, 16),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 2}, None),
+        (QWEN2, None),
+        ({"model_type": "llama"}, None),
+        ({}, None),
+    ],
+)
+def test_a_window_is_refused_on_a_gpu(
+    tiny_folder: Path,
+    tmp_path: Path,
+    gpu: dict,
+    config: dict[str, Any],
+    window: int | None,
+) -> None:
+    """A GPU's attention has none here; a CPU's does."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    told = json.loads((folder / "config.json").read_text())
+    del told["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(told | config))
+    model_download.preflight(api.Settings(model=folder, device="cpu"))
+    on_gpu = api.Settings(model=folder, device="cuda:0")
+    if window is None:
+        model_download.preflight(on_gpu)
+    else:
+        with pytest.raises(ValueError, match=f"window of {window} tokens.*device cpu"):
+            model_download.preflight(on_gpu)
 
 
 def test_picks_the_gpu(gpu: dict, tiny_folder: Path) -> None:
