@@ -215,7 +215,7 @@ class Engine:
         model_download.check_loaded(folder, model, info)
         ends = model_download.end_token_ids(model, tokenizer)
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
-        ll_tokenizer = model_download.grammar_tokenizer(model, tokenizer, ends)
+        ll_tokenizer = py_api.grammar_tokenizer(model, tokenizer, ends)
         self.grammars = py_api.GrammarCompiler(ll_tokenizer)
         self.defaults = model_download.read_defaults(model, tokenizer, settings)
         manager = create_manager(model, ends, settings)
@@ -1166,10 +1166,10 @@ class Runner(batching.model_runner.ModelRunner):
     def mask(self, logits: Tensor, constrained: dict[int, Sampling]) -> None:
         """Exclude what grammars exclude; logits are (rows, vocabulary)."""
         matchers = [(sampling.matcher, i) for i, sampling in constrained.items()]
-        mask = model_download.allowed_tokens(matchers, logits.shape)
+        mask = py_api.allowed_tokens(matchers, logits.shape)
         for sampling in constrained.values():
             # A matcher that has failed allows only the end of the answer.
-            sampling.error = model_download.error_of(sampling.matcher)
+            sampling.error = py_api.grammar_error(sampling.matcher)
         allowed = self.upload(mask)
         bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
         allowed = (allowed[..., None] >> bits & 1).flatten(1)[:, : logits.shape[1]]

@@ -62,7 +62,7 @@ class Client:
                     continue  # an empty line, a ping or an event's name
                 event = json.loads(line.removeprefix(b"data:"))
                 if "detail" in event:
-                    raise ChatError(one_line(event["detail"]))
+                    raise ChatError(in_words(event["detail"]))
                 if "response" in event:
                     return event["response"]
                 print(event["delta"], end="", flush=True)
@@ -85,13 +85,13 @@ class Client:
         if response.ok:
             return response
         try:
-            reason = one_line(response.json()["detail"])
+            reason = in_words(response.json()["detail"])
         except (requests.RequestException, LookupError, TypeError):
             reason = response.reason
         raise ChatError(f"{response.status_code}: {reason}")
 
 
-def one_line(detail: str | list[dict]) -> str:
+def in_words(detail: str | list[dict]) -> str:
     """Return the server's `detail`, a text or a list of wrong fields, as one line."""
     if isinstance(detail, list):
         detail = "; ".join(
@@ -171,7 +171,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, Self
@@ -193,7 +193,7 @@ from model_download import (
     THINK,
     WORLD_SIZE,
     Defaults,
-    compile_grammar,
+    one_line,
     words,
 )
 
@@ -1004,6 +1004,105 @@ def _call_rule(function: Any) -> str:
         schema = {"additionalProperties": False} | schema
     head = json.dumps((CALL % function.name).removeprefix(CALL_MARK))
     return f"{head} {_json_rule({'type': 'object'} | schema, not function.strict)}"
+
+
+# Limits of a grammar, so that it does not slow down other requests: about 0.3 s to compile,
+# 20 ms for a token and 50 MB, as far as llguidance can bound them.
+GRAMMAR_LIMITS = {"max_grammar_size": 20_000, "max_lexer_states": 20_000}
+GRAMMAR_LIMITS |= {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000}
+GRAMMAR_LIMITS |= {"step_max_items": 5_000}
+
+
+def grammar_tokenizer(model: Any, tokenizer: Any, ends: list[int]) -> Any:
+    """What llguidance has to know of a tokenizer; takes half a second."""
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(tokenizer, n_vocab=model.config.vocab_size, eos_token=ends)
+
+
+def compile_grammar(tokenizer: Any, grammar: str) -> Any:
+    """An LLMatcher. Raises ValueError for a grammar that is wrong, that nothing can
+    satisfy, or that is too large."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    mask = matcher.compute_bitmask()  # the first takes longest, finds empty languages
+    if not matcher.is_error():
+        byte = next(n for n, bits in enumerate(mask) if bits)
+        matcher.consume_token(8 * byte + (mask[byte] & -mask[byte]).bit_length() - 1)
+        matcher.compute_bitmask()  # the second finds what is too complex
+    if why := grammar_error(matcher):
+        raise ValueError(why)
+    matcher.reset()
+    if _thinks(tokenizer):
+        grammar = THOUGHT + grammar.replace("start:", "answer:", 1)
+        return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    return matcher
+
+
+@cache
+def grammar_threads() -> Any:
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+def allowed_tokens(matchers: list[tuple[Any, int]], shape: tuple[int, int]) -> Any:
+    """A bit for each token, (rows, bytes), which is set where the row's grammar allows the
+    token. Each matcher comes with its row; `shape` is (rows, tokens)."""
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+
+    mask = allocate_token_bitmask(*shape)
+    fill_next_token_bitmask_par(grammar_threads(), matchers, mask)
+    return mask.view("uint8")
+
+
+# A model that thinks may do so before an answer that a grammar holds. llguidance takes
+# the marks for control tokens, which no text has.
+THOUGHT = r"""start: (<think> THOUGHT </think>)? answer
+THOUGHT: /(.|\n)*/ & ~/(.|\n)*<\/think>(.|\n)*/
+"""
+
+
+def _thinks(tokenizer: Any) -> bool:
+    marks = THINK, END_THINK
+    return all(len(tokenizer.tokenize_str(m, parse_special=True)) == 1 for m in marks)
+
+
+# What llguidance says in words of its own, and what it means to the author of a schema.
+TOO_COMPLEX = "it is too complex"
+MEANINGS = (
+    (r"oneOf .*coerce_one_of.*", "oneOf needs alternatives that exclude each other"),
+    (r'failed to parse "%json": recursion.*', "it is nested too deeply"),
+    (r'failed to parse "%json": .*', "not JSON: a lone surrogate, NaN or Infinity"),
+    (r"regex parse error: .*error: (.*)", r"a pattern or a limit: \1"),
+    (r"regex parse error: .*", "a pattern or a limit is too long"),
+    (r"lookarounds not supported.*", r"a pattern: look-around and \\b cannot be used"),
+    (r"Failed to generate regex for \w+ range.*", "bounds of numbers are too large"),
+    (r"Unsatisfiable schema: Regex is empty.*", "no text satisfies all of it"),
+    (r"Unsatisfiable schema: (.*)", r"nothing satisfies it: \1"),
+    (r"Unable to determine if regex is empty.*", "limits of a text are too complex"),
+    (r"circular references with.*", "a $ref beside other keywords leads to itself"),
+    (r"patternProperty regexes.*", "patterns of properties overlap"),
+    (r"NoExtensionBias", "nothing satisfies it: a $ref leads only to itself"),
+    (r"Pointer '(.*)' does not exist", r"a $ref leads to \1, which does not exist"),
+    (r"Expected f64", "Expected a number"),
+    (r"(grammar size|initial lexer|lexer|parser|fuel|DNF|Schema inter).*", TOO_COMPLEX),
+)
+
+
+def grammar_error(matcher: Any) -> str:
+    """Why a matcher is stuck, on one line and without the grammar; empty if it is not."""
+    if not (error := matcher.get_error()):  # as after nearly every token
+        return ""
+    why = re.split(r"\n +\d+ \| |<non-verbose", error)[0]
+    why = one_line(why.rpartition("JSON schema: ")[2])
+    for words_of_library, meaning in MEANINGS:
+        if re.match(words_of_library, why, re.IGNORECASE):
+            why = re.sub(words_of_library, meaning, why, flags=re.IGNORECASE)
+            break
+    return why
 
 
 # Grammars that are compiled at once, and what one may take; 0.3 is usual for the largest.

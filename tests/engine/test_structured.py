@@ -32,7 +32,6 @@ from net import DEADLINE
 from server import Running, running, wait_until
 
 import api
-import model_download
 import py_api
 
 # Where CI counts the minutes, the order of steps that is harder to get right has to do.
@@ -444,7 +443,7 @@ def allows(served: Running, schema: dict[str, Any], answer: str) -> bool:
     asked = {"messages": [{"role": "user", "content": "x"}]} | by(schema)
     body = api.OpenAIRequest.model_validate(asked)
     tokenizer = served.engine.grammars.ll_tokenizer
-    matcher = body.matcher(partial(model_download.compile_grammar, tokenizer))
+    matcher = body.matcher(partial(py_api.compile_grammar, tokenizer))
     tokens = [*answer.encode()]
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 

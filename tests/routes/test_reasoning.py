@@ -18,6 +18,7 @@ from server import Running, running, wait_until
 
 import api
 import model_download
+import py_api
 
 V1 = "/v1/chat/completions"
 THOUGHT = ("<think>", "\n2 and", " 2 </t", "4", "</think>", "\n\n", "It is", " 4.")
@@ -289,7 +290,7 @@ def test_only_the_mark_ends_thinking_before_a_grammar(thinker: Running) -> None:
         thinker.tokenizer.get_vocab(),
         thinker.engine.grammars.ll_tokenizer,
     )
-    matcher = model_download.compile_grammar(tokenizer, 'start: "yes"')
+    matcher = py_api.compile_grammar(tokenizer, 'start: "yes"')
     for token in (names["<think>"], *b"</think"):
         assert matcher.consume_token(token)
 
