@@ -217,11 +217,11 @@ def test_openai_assembles_streamed_calls(client, steer):
     assert [part.index for part in firsts] == list(range(len(called)))
     assert all(part.function.name and part.type == "function" for part in firsts)
     later = [part for part in parts if not part.id]
-    assert len(later) > len(called)  # in pieces, some of several tokens
+    assert later  # in pieces; tokens share one where they come faster than events go
     assert all(part.function.name is None for part in later)
     for index, (_, arguments) in enumerate(called):
         pieces = [part.function.arguments for part in parts if part.index == index]
-        assert "".join(pieces) == arguments and len(pieces) > 1
+        assert "".join(pieces) == arguments
 
 
 def test_openai_assembles_a_message_without_text(client, steer):
