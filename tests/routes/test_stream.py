@@ -296,7 +296,8 @@ def test_where_many_stream_tokens_share_events(counting, say, monkeypatch):
     deltas, last = net.told(counting.stream(max_new_tokens=22))
     assert time.monotonic() - begun < api.PING_SECONDS
     assert "".join(deltas) == last["response"] == b"".join(pieces).decode()
-    assert deltas[0] == "one " and len(deltas) == 2
+    # A second token may come before the first one's event is written.
+    assert deltas[0].startswith("one ") and len(deltas) == 2
 
 
 def test_text_that_shares_an_event_does_not_wait_for_the_next(
