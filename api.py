@@ -1430,10 +1430,8 @@ def paged_attention(
     merge = merge_chunks[(len(table), heads)]
     ends = step.chunks[1], step.cu_seqlens_q
     merge(means, logsumexp, *ends, out, HEADS=heads, DIM=dim, num_warps=1)
-    if step.query_blocks:
-        attend_to(
-            step.query_blocks, out, BLOCK_M=QUERY_BLOCK, DECODING=False, num_stages=3
-        )
+    if blocks := step.query_blocks:
+        attend_to(blocks, out, BLOCK_M=QUERY_BLOCK, DECODING=False, num_stages=3)
     return out
 
 

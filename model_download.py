@@ -918,8 +918,8 @@ def _check_gpu(device: str, settings: Any, method: str | None) -> None:
     except (AssertionError, RuntimeError) as error:
         why = f"{device} with torch {torch.__version__}: {str(error).splitlines()[0]}"
         raise ValueError(f"{why}\n{_which_torch(str(error))}") from error
-    files = [] if settings.demo else settings.model.glob("*.safetensors")
-    weights = sum(file.stat().st_size for file in files)
+    shards = [] if settings.demo else _shards(settings.model)
+    weights = sum((settings.model / name).stat().st_size for name in shards)
     weights *= QUANTIZED_SIZE[settings.quantize]
     weights *= 0.25 + 0.75 / WORLD_SIZE  # the MLPs are split, three quarters of phi-4
     needed, free = weights / 2**30 + 2, torch.cuda.mem_get_info(device)[0] / 2**30

@@ -84,6 +84,15 @@ PHI4_MINI = {"partial_rotary_factor": 0.75, "tie_word_embeddings": True}
 PHI4_MINI |= {"vocab_size": 200064, "rope_scaling": LONGROPE}
 
 
+def copy_with(config: dict[str, Any], folder: Path, target: Path, without: str) -> Path:
+    """A copy of a folder with another config.json."""
+    shutil.copytree(folder, target)
+    told = json.loads((folder / "config.json").read_text())
+    del told[without]
+    (target / "config.json").write_text(json.dumps(told | config))
+    return target
+
+
 @pytest.mark.parametrize(
     "config, says",
     [
@@ -104,10 +113,7 @@ def test_relatives_of_phi4_are_refused(
     tiny_folder: Path, tmp_path: Path, config: dict[str, Any], says: str
 ) -> None:
     """Before anything is loaded, with what is wrong and what is served."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
-    told = json.loads((folder / "config.json").read_text())
-    del told["rope_parameters"]
-    (folder / "config.json").write_text(json.dumps(told | config))
+    folder = copy_with(config, tiny_folder, tmp_path / "copy", "rope_parameters")
     with pytest.raises(ValueError, match=says) as refusal:
         model_download.preflight(api.Settings(model=folder, device="cpu"))
     assert "phi-4-reasoning-plus" in str(refusal.value) or says == "damaged"
@@ -126,10 +132,7 @@ def test_relatives_of_phi4_are_refused(
 def test_phi4_and_strangers_are_not_refused(
     tiny_folder: Path, tmp_path: Path, config: dict[str, Any]
 ) -> None:
-    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
-    told = json.loads((folder / "config.json").read_text())
-    del told["rope_parameters"]
-    (folder / "config.json").write_text(json.dumps(told | config))
+    folder = copy_with(config, tiny_folder, tmp_path / "copy", "rope_parameters")
     model_download.preflight(api.Settings(model=folder, device="cpu"))
 
 
@@ -278,10 +281,7 @@ def test_a_window_is_refused_on_a_gpu(
     window: int | None,
 ) -> None:
     """A GPU's attention has none here; a CPU's does."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
-    told = json.loads((folder / "config.json").read_text())
-    del told["sliding_window"]
-    (folder / "config.json").write_text(json.dumps(told | config))
+    folder = copy_with(config, tiny_folder, tmp_path / "copy", "sliding_window")
     model_download.preflight(api.Settings(model=folder, device="cpu"))
     on_gpu = api.Settings(model=folder, device="cuda:0")
     if window is None:
@@ -337,6 +337,8 @@ def test_a_share_of_the_weights_is_more_than_half(
     with pytest.raises(ValueError, match="14 GiB needed, 14 GiB free"):
         model_download.preflight(api.Settings(model=folder))
     gpu["free"] = 15 * 2**30
+    with (folder / "consolidated.safetensors").open("w") as beside:  # is not loaded
+        beside.truncate(20 * 2**30)
     assert model_download.preflight(api.Settings(model=folder)).type == "cuda"
 
 
