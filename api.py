@@ -708,7 +708,7 @@ const TEXTS = { // English, Chinese
   key: ["This server needs a key: its PHI4_API_KEY.", "此服务器需要密钥，请输入它的 PHI4_API_KEY。"],
   403: [`This server has no key, so it answers only to its own names. Start it with export PHI4_API_KEY=KEY,
     or with --allowed-hosts ${location.hostname}, and reload this page.`,
-    `服务器没有设置密钥，不接受通过此域名访问。请设置密钥（export PHI4_API_KEY=密钥）或加上 --allowed-hosts ${location.hostname}，重新启动后刷新本页。`],
+    `服务器没有设置密钥，不接受此域名的访问。请设置密钥（export PHI4_API_KEY=密钥）或加参数 --allowed-hosts ${location.hostname}，重新启动后刷新本页。`],
   loading: ["The model is loading. That takes a minute or more.", "模型正在加载，需要一分钟或更久。"],
   gone: ["The server does not answer. Is it running?", "服务器没有响应，请确认它是否在运行。"],
   broken: ["The answer is not complete. It is not part of the conversation.", "回答不完整，不计入对话。"],

@@ -156,7 +156,7 @@ def test_files_that_do_not_have_the_weights(
         weights = {key.removeprefix("model."): it for key, it in weights.items()}
         name = "layers.1.mlp.down_proj.lora_A.weight"
         weights[name] = torch.ones(1)
-        says = f"holds more than config.json tells: {re.escape(name)}"
+        says = f"has weights that config.json does not mention: {re.escape(name)}"
     else:  # as torch.compile's models are saved
         weights = {f"_orig_mod.{key}": value for key, value in weights.items()}
         says = r"lacks lm_head.weight, model.embed_tokens.weight, .* and [0-9]+ more"
@@ -265,6 +265,7 @@ QWEN2 = {"model_type": "qwen2", "sliding_window": 16}
             {"model_type": "mistral", "max_position_embeddings": 8192},
             4096,
         ),  # its default
+        ({"model_type": "mistral", "sliding_window": 512}, 512),  # its whole context
         ({"model_type": "mistral", "sliding_window": None}, None),
         (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}, 16),
         (QWEN2 | {"use_sliding_window": True, "max_window_layers": 2}, None),

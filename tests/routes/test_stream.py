@@ -295,8 +295,9 @@ def test_where_many_stream_tokens_share_events(counting, say, monkeypatch):
     begun = time.monotonic()
     with counting.gate as gate:
         gate.allow(1)  # or a second token may come before the first event is written
-        response = counting.stream(max_new_tokens=22)
-    deltas, last = net.told(response)
+        pieces_sent = counting.stream(max_new_tokens=22).iter_content(None)
+        first = next(pieces_sent)
+    deltas, last = net.told(first + b"".join(pieces_sent))
     assert time.monotonic() - begun < api.PING_SECONDS
     assert "".join(deltas) == last["response"] == b"".join(pieces).decode()
     assert deltas[0] == "one " and len(deltas) == 2
