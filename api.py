@@ -506,16 +506,14 @@ def ping(engine: Engine, generation: Generation) -> None:
         asyncio.get_running_loop().call_later(PING_SECONDS, ping, engine, generation)
 
 
-@secured.post("/", response_model=py_api.ChatResponse, **py_api.CHAT)
+@secured.post("/", **py_api.CHAT)
 async def ask_the_model(request: Request, body: ChatRequest) -> Response:
     """Answer a prompt. With `"stream": true` the answer comes as server-sent events:
     `{"delta": "..."}` for each piece of text, then the whole answer."""
     return await reply(request, body)
 
 
-@secured.post(
-    "/v1/chat/completions", response_model=py_api.ChatCompletion, **py_api.OPENAI
-)
+@secured.post("/v1/chat/completions", **py_api.OPENAI)
 async def chat_completions(request: Request, body: OpenAIRequest) -> Response:
     """The same for programs that are written for the OpenAI API."""
     return await reply(request, body)
@@ -551,9 +549,7 @@ async def check_health(request: Request, response: Response) -> py_api.Health:
     return found
 
 
-@secured.get(
-    "/metrics", tags=["Server"], response_class=Response, responses=py_api.TEXT
-)
+@secured.get("/metrics", **py_api.FIGURES)
 async def read_metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
@@ -1030,6 +1026,14 @@ class Cache(batching.PagedAttentionCache):
         return evicted
 
 
+# What several requests share is a step of at most SHARED_TOKENS: it delays those that
+# decode by 0.1 s on an H100, and is the largest with a CUDA graph. While MANY_ROWS or more
+# decode and fewer than FEW_TOKENS of prompts wait, it is a small step, up to a multiple
+# of SMALL_STEP: up to there, most of its time goes into reading the weights, and the
+# tokens of prompts cost little.
+SHARED_TOKENS, MANY_ROWS, FEW_TOKENS, SMALL_STEP = 2048, 48, 1024, 256
+
+
 class Scheduler(batching.FIFOScheduler):
     """Ends a cancelled request as a finished one. The library drops it but leaves its
     status as it was, so that a step in flight may still hand it a token when its pages
@@ -1047,7 +1051,19 @@ class Scheduler(batching.FIFOScheduler):
         shared page once for each row, and block tables do not need it."""
         if self.cache.max_blocks_per_request:
             cache_budget = 2**62
+        states = [*self.active_requests.values(), *self.waiting_requests.values()]
+        if len(states) > 1:
+            token_budget = min(token_budget, self.shared_budget(states))
         return super().schedule_batch(token_budget, cache_budget)
+
+    def shared_budget(self, states: list[batching.RequestState]) -> int:
+        """How many tokens the next step may have: one for each row that decodes, and those
+        of prompts."""
+        rows = sum(state.status == batching.RequestStatus.DECODING for state in states)
+        waiting = sum(len(state.remaining_prefill_tokens) for state in states)
+        if rows < MANY_ROWS or waiting >= FEW_TOKENS:
+            return SHARED_TOKENS
+        return math.ceil((rows + SMALL_STEP / 2) / SMALL_STEP) * SMALL_STEP
 
     def _infer_request_tokens(self, state: Any, leaving: set[str]) -> list[int]:
         """Counts what comes from the prefix cache, which the library looks into here."""
@@ -1183,21 +1199,15 @@ class Runner(batching.model_runner.ModelRunner):
         return tensor.to(device, non_blocking=True)
 
 
-def sample(
-    logits: Tensor,
-    noise: Tensor,
-    temperature: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-    min_p: Tensor,
-) -> Tensor:
+def sample(logits: Tensor, noise: Tensor, *options: Tensor) -> Tensor:
     """Draw a token for each row by the Gumbel-max trick: the largest of log-probability
     minus log of exponential noise is a draw from the softmax. Temperature 0 takes the
     likeliest.
 
-    Logits and noise are (rows, vocabulary), the others (rows, 1). Returns (rows,).
+    Logits and noise are (rows, vocabulary), the options (rows, 1). Returns (rows,).
     top_p and min_p look at the 1,024 likeliest tokens.
     """
+    temperature, top_p, top_k, min_p = options
     logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
     top = logprobs.topk(min(1024, logits.shape[-1])).values  # no full sort
     mass_before = top.exp().cumsum(-1) - top.exp()
@@ -1219,7 +1229,7 @@ FLASH_PAGE_SIZE = 256  # without our kernel: torch's takes no smaller one
 # graph for each multiple of GRAPH_STEP tokens. Decoding steps have one for each power of
 # two of rows, to which the library pads them. Larger steps keep the GPU busy for longer
 # than their launches take.
-MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 64
+MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 128
 # cuDNN computes a single prompt of more than CUDNN_MIN_TOKENS tokens, in half the time.
 # It plans each new length for 50 ms, once; steps are padded, so there are few lengths.
 CUDNN_MIN_TOKENS = 4096

@@ -261,14 +261,6 @@ class OpenAIErrorBody(BaseModel):
     error: dict[str, str | None]
 
 
-# What /docs shows.
-SSE = {200: {"content": {"text/event-stream": {}}}}
-ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
-TEXT = {200: {"content": {"text/plain": {}}}} | ERRORS
-OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
-CHAT = {"tags": ["Chat"], "responses": SSE | ERRORS}
-OPENAI = {"tags": ["OpenAI API"], "responses": SSE | OPENAI_ERRORS}
-MODELS = {"tags": ["OpenAI API"], "responses": OPENAI_ERRORS}
 # OpenAI's codes, by status or by pydantic's type of error.
 CODES = {401: "invalid_api_key", "missing": "missing_required_parameter"}
 CODES |= {"unsupported_parameter": "unsupported_parameter"}
@@ -1336,6 +1328,17 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+# What /docs shows of the routes.
+SSE = {200: {"content": {"text/event-stream": {}}}}
+TEXT = {200: {"content": {"text/plain": {}}}}
+ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
+OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
+CHAT = {"response_model": ChatResponse, "responses": SSE | ERRORS, "tags": ["Chat"]}
+MODELS = {"responses": OPENAI_ERRORS, "tags": ["OpenAI API"]}
+OPENAI = MODELS | {"response_model": ChatCompletion, "responses": SSE | OPENAI_ERRORS}
+FIGURES = {"response_class": Response, "responses": TEXT | ERRORS, "tags": ["Server"]}
 
 
 class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):

@@ -295,3 +295,47 @@ def test_the_oldest_pages_are_evicted_first(
         cached = ask(manager, [tokens(60, 1000 + i)], f"again{i}-")
         results(manager, {f"again{i}-0"})
         assert cached() == [again]
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "most"),
+    [
+        ([100], 0, 100),  # alone: as many as --batch-tokens allow
+        ([70, 70], 0, 48),  # SHARED_TOKENS
+        ([3, 4], 30, 32),  # too few decode for small steps
+        ([3, 4, 5], 30, 16),  # the multiple of SMALL_STEP that leaves room for prompts
+        ([3, 4, 5], 60, 48),  # FEW_TOKENS or more wait
+    ],
+)
+def test_steps_of_several_requests_are_small(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    first: list[int],
+    later: int,
+    most: int,
+) -> None:
+    """Which then do not wait long for each other. `later` is the length of a prompt that
+    comes when all of the first ones decode."""
+    names = ("SHARED_TOKENS", "MANY_ROWS", "FEW_TOKENS", "SMALL_STEP")
+    for name, value in zip(names, (48, 3, 40, 16), strict=True):
+        monkeypatch.setattr(api, name, value)
+    manager, sizes = make(), []
+    scheduler = manager.batch_processor.scheduler
+    prompts = [tokens(length, 40 + i) for i, length in enumerate(first)]
+    schedule, late = scheduler.schedule_batch, [tokens(later, 50)] * bool(later)
+
+    def counting(*budgets: int) -> tuple:
+        found = schedule(*budgets)
+        if late and found[2] == len(first) and len(sizes) > 3:  # all decode
+            ask(manager, [late.pop()], "late")
+        sizes.append(found[2])
+        return found
+
+    scheduler.schedule_batch = counting
+    ask(manager, prompts)
+    names = {*map(str, range(len(first))), *["late0"] * bool(later)}
+    manager.start()
+    found = results(manager, names)
+    assert max(sizes) == most
+    asked = prompts + [tokens(later, 50)] * bool(later)
+    assert [found[name] for name in sorted(names)] == generated(plain_model(), asked)
