@@ -280,14 +280,16 @@ class Engine:
 
     async def restart(self) -> None:
         """Start a dead generation thread again. Raises if the GPU does not work."""
-        reason = why_down(self.manager)
         self.failures += 1
+        self.release_all(unavailable(ENGINE_FAILED))
+        join = partial(asyncio.to_thread, self.manager.join, time.perf_counter())
+        await join(timeout=5)  # it counts as down before it says why
+        reason = why_down(self.manager)
         # Under torchrun all processes have to start again.
         if WORLD_SIZE > 1 or self.failures > MAX_FAILURES:
             raise RuntimeError(f"generation died {self.failures} times: {reason}")
         logger.error("generation died and is started again: %s", reason)
-        self.release_all(unavailable(ENGINE_FAILED))
-        await asyncio.to_thread(self.manager.join, time.perf_counter())
+        await join()
         synchronize = torch.get_device_module(self.device).synchronize
         await asyncio.to_thread(synchronize, self.device)
         start_thread(self.manager, self.deliver)

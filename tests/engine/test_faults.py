@@ -79,6 +79,25 @@ def test_after_a_forward_pass_that_raises_nothing_is_lost(shared, fault, caplog)
     assert threading.active_count() <= threads + 1
 
 
+def test_a_generation_thread_that_dies_slowly_says_why(shared, monkeypatch, caplog):
+    """The library stops taking requests before it records the error."""
+    status = shared.engine.manager.background_thread_status
+    record = status.record_fatal_error
+
+    def record_late(error: Exception) -> None:
+        time.sleep(0.5)
+        record(error)
+
+    monkeypatch.setattr(status, "record_fatal_error", record_late)
+    with shared.gate as gate:
+        gate.close()
+        asked = fill(shared)
+        gate.fail(RuntimeError("the cause"))
+        assert all_told_to_try_again(asked)
+    assert shared.works()
+    assert "again: RuntimeError('the cause')" in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_generation_thread_that_just_ends_is_started_again(shared):
     """It leaves no fatal error behind: liveness is more than that."""
