@@ -1033,7 +1033,7 @@ class Cache(batching.PagedAttentionCache):
 # decode and fewer than FEW_TOKENS of prompts wait, it is a small step, up to a multiple
 # of SMALL_STEP: up to there, most of its time goes into reading the weights, and the
 # tokens of prompts cost little.
-SHARED_TOKENS, MANY_ROWS, FEW_TOKENS, SMALL_STEP = 2048, 48, 1024, 256
+SHARED_TOKENS, MANY_ROWS, FEW_TOKENS, SMALL_STEP = 2048, 56, 1024, 256
 
 
 class Scheduler(batching.FIFOScheduler):
