@@ -1028,18 +1028,19 @@ class Cache(batching.PagedAttentionCache):
         return evicted
 
 
-# What several requests share is a step of at most SHARED_TOKENS: it delays those that
-# decode by 0.1 s on an H100, and is the largest with a CUDA graph. While MANY_ROWS or more
-# decode and fewer than FEW_TOKENS of prompts wait, it is a small step, up to a multiple
-# of SMALL_STEP: up to there, most of its time goes into reading the weights, and the
-# tokens of prompts cost little.
+# How many tokens a step has that several requests share. One of SHARED_TOKENS keeps those
+# that decode waiting for 0.1 s on an H100, and is the largest with a CUDA graph. One of
+# SMALL_STEP takes hardly longer than without tokens of prompts: either has to read all
+# weights. So where MANY_ROWS or more decode, and fewer than FEW_TOKENS of prompts wait,
+# a step has at most a multiple of SMALL_STEP, with half of one or more for prompts.
 SHARED_TOKENS, MANY_ROWS, FEW_TOKENS, SMALL_STEP = 2048, 56, 1024, 256
 
 
 class Scheduler(batching.FIFOScheduler):
-    """Ends a cancelled request as a finished one. The library drops it but leaves its
-    status as it was, so that a step in flight may still hand it a token when its pages
-    are gone (KeyError), and leaves `block_new_requests`, which a preemption sets."""
+    """Prefills in small steps where several requests run, so that none waits long for
+    another. Ends a cancelled request as a finished one: the library drops it but leaves
+    its status as it was, so that a step in flight may still hand it a token when its
+    pages are gone (KeyError), and leaves `block_new_requests`, which a preemption sets."""
 
     def clear_cancelled_requests(self) -> list[batching.RequestState]:
         cancelled = super().clear_cancelled_requests()
@@ -1049,8 +1050,8 @@ class Scheduler(batching.FIFOScheduler):
         return cancelled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple:
-        """Lift the library's limit on the cached tokens that a step reads. It counts a
-        shared page once for each row, and block tables do not need it."""
+        """Share the step, and lift the library's limit on the cached tokens that it reads:
+        that counts a shared page once for each row, and block tables do not need it."""
         if self.cache.max_blocks_per_request:
             cache_budget = 2**62
         states = [*self.active_requests.values(), *self.waiting_requests.values()]
@@ -1059,8 +1060,8 @@ class Scheduler(batching.FIFOScheduler):
         return super().schedule_batch(token_budget, cache_budget)
 
     def shared_budget(self, states: list[batching.RequestState]) -> int:
-        """How many tokens the next step may have: one for each row that decodes, and those
-        of prompts."""
+        """Most tokens of the next step: one for each row that decodes, and the rest for
+        prompts."""
         rows = sum(state.status == batching.RequestStatus.DECODING for state in states)
         waiting = sum(len(state.remaining_prefill_tokens) for state in states)
         if rows < MANY_ROWS or waiting >= FEW_TOKENS:
