@@ -73,13 +73,11 @@ import torch
 import transformers
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
 from pydantic_core import to_json
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -632,7 +630,6 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
     settings = settings or read_settings()
     logger.setLevel(settings.log_level.upper())
     engine = Engine(settings)
-    handled = StarletteHTTPException, RequestValidationError
     app = FastAPIOffline(
         title="phi-4 chat server",
         version="1.0.0",
@@ -640,16 +637,14 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
         lifespan=engine.lifespan,
         redoc_url=None,
         redirect_slashes=False,  # it would lead to whatever Host says
-        exception_handlers=dict.fromkeys(handled, py_api.error_response),
+        exception_handlers=py_api.ERROR_HANDLERS,
     )
     app.state.engine = engine
     app.include_router(secured)
     app.include_router(public)
     app.add_middleware(RequestMiddleware, sends_id=sends_id)
     if origins := words(settings.cors_origins):
-        lists = "allow_methods", "allow_headers", "expose_headers"
-        options = {name: ["*"] for name in lists}
-        app.add_middleware(CORSMiddleware, allow_origins=origins, **options)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **py_api.CORS_OPTIONS)
     return app
 
 

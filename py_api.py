@@ -185,6 +185,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import Counter, Gauge, Histogram, exposition
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -296,6 +297,11 @@ async def error_response(request: Request, error: Any) -> Response:
     content = {"error": parts} if openai else {"detail": detail}
     text = json.dumps(content, default=str)
     return Response(text, status, getattr(error, "headers", None), JSON)
+
+
+ERROR_HANDLERS: dict[Any, Any] = dict.fromkeys(
+    (StarletteHTTPException, RequestValidationError), error_response
+)
 
 
 def in_utf8(text: str) -> str:
@@ -1692,6 +1698,7 @@ class Protocol(H11Protocol):
                 self.transport.abort()
 
 
+CORS_OPTIONS = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
 # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
 UVICORN_OPTIONS: dict[str, Any] = {
     "http": Protocol,
