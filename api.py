@@ -281,7 +281,9 @@ class Engine:
         self.failures += 1
         self.release_all(unavailable(ENGINE_FAILED))
         join = partial(asyncio.to_thread, self.manager.join, time.perf_counter())
-        await join(timeout=5)  # it counts as down before it says why
+        # The library stops taking requests a moment before it records the error. Under
+        # torchrun its thread may wait for other processes, hence the timeout.
+        await join(timeout=5)
         reason = why_down(self.manager)
         # Under torchrun all processes have to start again.
         if WORLD_SIZE > 1 or self.failures > MAX_FAILURES:
@@ -1023,19 +1025,22 @@ class Cache(batching.PagedAttentionCache):
         return evicted
 
 
-# How many tokens a step has that several requests share. One of SHARED_TOKENS keeps those
-# that decode waiting for 0.1 s on an H100, and is the largest with a CUDA graph. One of
-# SMALL_STEP takes hardly longer than without tokens of prompts: either has to read all
-# weights. So where MANY_ROWS or more decode, and fewer than FEW_TOKENS of prompts wait,
-# a step has at most a multiple of SMALL_STEP, with half of one or more for prompts.
-SHARED_TOKENS, MANY_ROWS, FEW_TOKENS, SMALL_STEP = 2048, 56, 1024, 256
+# The token budget of a step that several requests share. A step of SHARED_TOKENS takes
+# 0.1 s on an H100: running requests wait that long for their next token. It is also
+# the largest step that has a CUDA graph. Where MANY_DECODING or more requests decode and
+# fewer than FEW_PREFILL_TOKENS of prompts are left, the budget is smaller: the least
+# multiple of SMALL_STEP that has room for SMALL_STEP / 2 of them. The time of a step of
+# SMALL_STEP tokens mostly goes into reading the weights, so a prompt's tokens cost a
+# third there of what they cost in a large one.
+SHARED_TOKENS, MANY_DECODING, FEW_PREFILL_TOKENS, SMALL_STEP = 2048, 56, 1024, 256
 
 
 class Scheduler(batching.FIFOScheduler):
-    """Prefills in small steps where several requests run, so that none waits long for
-    another. Ends a cancelled request as a finished one: the library drops it but leaves
-    its status as it was, so that a step in flight may still hand it a token when its
-    pages are gone (KeyError), and leaves `block_new_requests`, which a preemption sets."""
+    """Limits the tokens of a step that several requests share, so that none waits long
+    for another's prefill. Also marks cancelled requests as finished: the library drops
+    them but leaves their status, so that a step in flight may still hand one a token
+    when its pages are gone (KeyError). It leaves `block_new_requests`, too, which a
+    preemption sets."""
 
     def clear_cancelled_requests(self) -> list[batching.RequestState]:
         cancelled = super().clear_cancelled_requests()
@@ -1045,23 +1050,26 @@ class Scheduler(batching.FIFOScheduler):
         return cancelled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple:
-        """Share the step, and lift the library's limit on the cached tokens that it reads:
-        that counts a shared page once for each row, and block tables do not need it."""
+        """Limit a shared step, and lift the library's limit on the cached tokens that a
+        step reads: it counts a shared page once for each request, and block tables do
+        not need it."""
         if self.cache.max_blocks_per_request:
             cache_budget = 2**62
-        states = [*self.active_requests.values(), *self.waiting_requests.values()]
-        if len(states) > 1:
-            token_budget = min(token_budget, self.shared_budget(states))
+        requests = [*self.active_requests.values(), *self.waiting_requests.values()]
+        if len(requests) > 1:
+            token_budget = min(token_budget, self.shared_budget(requests))
         return super().schedule_batch(token_budget, cache_budget)
 
-    def shared_budget(self, states: list[batching.RequestState]) -> int:
-        """Most tokens of the next step: one for each row that decodes, and the rest for
-        prompts."""
-        rows = sum(state.status == batching.RequestStatus.DECODING for state in states)
-        waiting = sum(len(state.remaining_prefill_tokens) for state in states)
-        if rows < MANY_ROWS or waiting >= FEW_TOKENS:
+    def shared_budget(self, requests: list[batching.RequestState]) -> int:
+        """The token budget of a step: one token for each request that decodes, the rest
+        for prefill. Tokens of prompts count as left even if the prefix cache has them:
+        the library looks there later."""
+        status = batching.RequestStatus.DECODING
+        decoding = sum(each.status == status for each in requests)
+        prefill_tokens = sum(len(each.remaining_prefill_tokens) for each in requests)
+        if decoding < MANY_DECODING or prefill_tokens >= FEW_PREFILL_TOKENS:
             return SHARED_TOKENS
-        return math.ceil((rows + SMALL_STEP / 2) / SMALL_STEP) * SMALL_STEP
+        return math.ceil((decoding + SMALL_STEP // 2) / SMALL_STEP) * SMALL_STEP
 
     def _infer_request_tokens(self, state: Any, leaving: set[str]) -> list[int]:
         """Counts what comes from the prefix cache, which the library looks into here."""
@@ -1202,8 +1210,9 @@ def sample(logits: Tensor, noise: Tensor, *options: Tensor) -> Tensor:
     minus log of exponential noise is a draw from the softmax. Temperature 0 takes the
     likeliest.
 
-    Logits and noise are (rows, vocabulary), the options (rows, 1). Returns (rows,).
-    top_p and min_p look at the 1,024 likeliest tokens.
+    Logits and noise are (rows, vocabulary). The options are temperature, top_p, top_k
+    and min_p, each (rows, 1). Returns (rows,). top_p and min_p look at the 1,024
+    likeliest tokens.
     """
     temperature, top_p, top_k, min_p = options
     logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
@@ -1225,11 +1234,11 @@ PAGE_SIZE = 16  # tokens in a page of the cache
 FLASH_PAGE_SIZE = 256  # without our kernel: torch's takes no smaller one
 # Steps of up to MAX_GRAPH_TOKENS tokens run as CUDA graphs. Steps with prompts have a
 # graph for each multiple of GRAPH_STEP tokens. Decoding steps have one for each power of
-# two of rows, to which the library pads them. Larger steps keep the GPU busy for longer
-# than their launches take.
+# two of rows, to which the library pads them. Larger steps, of a request that is alone,
+# keep the GPU busy for longer than their launches take.
 MAX_GRAPH_TOKENS, GRAPH_STEP = 2048, 128
-# cuDNN computes a single prompt of more than CUDNN_MIN_TOKENS tokens, in half the time.
-# It plans each new length for 50 ms, once; steps are padded, so there are few lengths.
+# cuDNN takes half the time for a prompt of more than CUDNN_MIN_TOKENS tokens. It plans
+# each new length for 50 ms, once; steps are padded to GRAPH_STEP, so there are few.
 CUDNN_MIN_TOKENS = 4096
 # Rows that decode have their cached tokens cut into chunks of a multiple of CHUNK tokens,
 # so that all rows together take about DECODE_PROGRAMS programs of the kernel. Other rows
@@ -1641,7 +1650,7 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
 
 class FlashRunner(Runner):
     """Runs steps of up to MAX_GRAPH_TOKENS tokens as CUDA graphs of a few shapes, which
-    `warmup` captures. Larger steps run as they come."""
+    `warmup` captures. Larger steps, of a request that is alone, run without."""
 
     compiles = True  # the layers, and the kernels
     unpack = staticmethod(model_download.unpack)

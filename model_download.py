@@ -1106,7 +1106,7 @@ class Settings(BaseSettings):
     cache_tokens: int = Field(0, ge=0)
     """Size of the KV cache. 0: what is left of the GPU, 16384 on a CPU."""
     batch_tokens: int = Field(0, ge=0)
-    """Most tokens in a forward pass; several requests share 2048. 0: 8192 (CPU 256)."""
+    """Most tokens of a step, 2048 where requests share it. 0: 8192 (256 on a CPU)."""
     prefix_sharing: bool = True
     """Prefix caching: compute a shared beginning once. Timing reveals what is cached."""
     request_timeout: float = Field(300, gt=0)

@@ -1336,14 +1336,15 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-# What /docs shows of the routes.
+# Options of the routes, most of them for /docs.
 SSE = {200: {"content": {"text/event-stream": {}}}}
 TEXT = {200: {"content": {"text/plain": {}}}}
 ERRORS = {code: {"model": ErrorBody} for code in ("4XX", "5XX")}
 OPENAI_ERRORS = {code: {"model": OpenAIErrorBody} for code in ("4XX", "5XX")}
 CHAT = {"response_model": ChatResponse, "responses": SSE | ERRORS, "tags": ["Chat"]}
 MODELS = {"responses": OPENAI_ERRORS, "tags": ["OpenAI API"]}
-OPENAI = MODELS | {"response_model": ChatCompletion, "responses": SSE | OPENAI_ERRORS}
+OPENAI = {"response_model": ChatCompletion, "responses": SSE | OPENAI_ERRORS}
+OPENAI |= {"tags": ["OpenAI API"]}
 FIGURES = {"response_class": Response, "responses": TEXT | ERRORS, "tags": ["Server"]}
 
 

@@ -304,7 +304,7 @@ def test_the_oldest_pages_are_evicted_first(
         ([70, 70], 0, 48),  # SHARED_TOKENS
         ([3, 4], 30, 32),  # too few decode for small steps
         ([3, 4, 5], 30, 16),  # the multiple of SMALL_STEP that leaves room for prompts
-        ([3, 4, 5], 60, 48),  # FEW_TOKENS or more wait
+        ([3, 4, 5], 60, 48),  # FEW_PREFILL_TOKENS or more are left
     ],
 )
 def test_steps_of_several_requests_are_small(
@@ -314,15 +314,21 @@ def test_steps_of_several_requests_are_small(
     later: int,
     most: int,
 ) -> None:
-    """Which then do not wait long for each other. `later` is the length of a prompt that
-    comes when all of the first ones decode."""
-    names = ("SHARED_TOKENS", "MANY_ROWS", "FEW_TOKENS", "SMALL_STEP")
-    for name, value in zip(names, (48, 3, 40, 16), strict=True):
-        monkeypatch.setattr(api, name, value)
-    manager, sizes = make(), []
-    scheduler = manager.batch_processor.scheduler
+    """No request then waits long for another. `later` is the length of a prompt that comes
+    when all of the first ones decode."""
+    constants = ("SHARED_TOKENS", "MANY_DECODING", "FEW_PREFILL_TOKENS", "SMALL_STEP")
+    for constant, value in zip(constants, (48, 3, 40, 16), strict=True):
+        monkeypatch.setattr(api, constant, value)
+    manager, sizes, late = make(), [], []
     prompts = [tokens(length, 40 + i) for i, length in enumerate(first)]
-    schedule, late = scheduler.schedule_batch, [tokens(later, 50)] * bool(later)
+    expected = generated(plain_model(), prompts)
+    names = [str(i) for i in range(len(first))]
+    if later:
+        late = [tokens(later, 50)]
+        expected += generated(plain_model(), late)
+        names.append("late0")
+    scheduler = manager.batch_processor.scheduler
+    schedule = scheduler.schedule_batch
 
     def counting(*budgets: int) -> tuple:
         found = schedule(*budgets)
@@ -333,9 +339,7 @@ def test_steps_of_several_requests_are_small(
 
     scheduler.schedule_batch = counting
     ask(manager, prompts)
-    names = {*map(str, range(len(first))), *["late0"] * bool(later)}
     manager.start()
-    found = results(manager, names)
+    found = results(manager, {*names})
     assert max(sizes) == most
-    asked = prompts + [tokens(later, 50)] * bool(later)
-    assert [found[name] for name in sorted(names)] == generated(plain_model(), asked)
+    assert [found[name] for name in names] == expected
