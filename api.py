@@ -85,6 +85,7 @@ from torch.nn.functional import ScalingType, pad, scaled_mm
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import modeling_flash_attention_utils as flash
 from transformers.generation import continuous_batching as batching
+from transformers.generation.continuous_batching import RequestStatus
 
 try:
     import triton
@@ -279,16 +280,16 @@ class Engine:
     async def restart(self) -> None:
         """Start a dead generation thread again. Raises if the GPU does not work."""
         self.failures += 1
-        self.release_all(unavailable(ENGINE_FAILED))
         join = partial(asyncio.to_thread, self.manager.join, time.perf_counter())
         # The library stops taking requests a moment before it records the error. Under
-        # torchrun its thread may wait for other processes, hence the timeout.
-        await join(timeout=5)
+        # torchrun its thread waits for other processes, hence the timeout.
+        await join(timeout=1)
         reason = why_down(self.manager)
         # Under torchrun all processes have to start again.
         if WORLD_SIZE > 1 or self.failures > MAX_FAILURES:
             raise RuntimeError(f"generation died {self.failures} times: {reason}")
         logger.error("generation died and is started again: %s", reason)
+        self.release_all(unavailable(ENGINE_FAILED))
         await join()
         synchronize = torch.get_device_module(self.device).synchronize
         await asyncio.to_thread(synchronize, self.device)
@@ -381,9 +382,8 @@ class Engine:
             if output.error is not None:  # it may be empty
                 self.release(generation, unavailable(ENGINE_FAILED))
                 continue
-            if why := generation.sampling.error:
-                param = generation.sampling.body.main_schema()
-                self.release(generation, py_api.schema_error(param, why))
+            if generation.sampling.error:
+                self.release(generation, generation.sampling.to_client_error())
                 continue
             generation.last_token_time = now
             generation.first_token_time = generation.first_token_time or now
@@ -466,9 +466,7 @@ async def reply(request: Request, body: AnyChatRequest) -> Response:
         return EventSourceResponse(events, headers=py_api.STREAM_HEADERS)
     while not generation.finish_reason:
         await generation.wait()
-    headers = {"X-Finish-Reason": body.finish_reason(generation)}
-    headers["X-Prompt-Tokens"] = str(generation.prompt_tokens)
-    headers["X-Completion-Tokens"] = str(generation.completion_tokens)
+    headers = py_api.answer_headers(generation, body.finish_reason(generation))
     return Response(to_json(body.to_response(generation)), 200, headers, py_api.JSON)
 
 
@@ -1045,7 +1043,7 @@ class Scheduler(batching.FIFOScheduler):
     def clear_cancelled_requests(self) -> list[batching.RequestState]:
         cancelled = super().clear_cancelled_requests()
         for state in cancelled:
-            state.status = batching.RequestStatus.FINISHED
+            state.status = RequestStatus.FINISHED
             self.block_new_requests = False
         return cancelled
 
@@ -1064,12 +1062,21 @@ class Scheduler(batching.FIFOScheduler):
         """The token budget of a step: one token for each request that decodes, the rest
         for prefill. Tokens of prompts count as left even if the prefix cache has them:
         the library looks there later."""
-        status = batching.RequestStatus.DECODING
-        decoding = sum(each.status == status for each in requests)
+        decoding = sum(each.status == RequestStatus.DECODING for each in requests)
         prefill_tokens = sum(len(each.remaining_prefill_tokens) for each in requests)
         if decoding < MANY_DECODING or prefill_tokens >= FEW_PREFILL_TOKENS:
             return SHARED_TOKENS
         return math.ceil((decoding + SMALL_STEP // 2) / SMALL_STEP) * SMALL_STEP
+
+    def _try_to_meet_safety_margin(self) -> bool:
+        """Whether prompts may be computed, or the library wants the free cache for those
+        that decode. A prompt that has begun goes on, or it would wait for whole answers;
+        others then wait until a request ends."""
+        met = super()._try_to_meet_safety_margin()
+        statuses = {each.status for each in self.active_requests.values()}
+        has_begun = RequestStatus.PREFILLING in statuses
+        self.block_new_requests |= has_begun and not met
+        return met or has_begun
 
     def _infer_request_tokens(self, state: Any, leaving: set[str]) -> list[int]:
         """Counts what comes from the prefix cache, which the library looks into here."""

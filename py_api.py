@@ -588,6 +588,10 @@ class Sampling:
             self.matcher.consume_tokens(answer[len(self.matched) :])
         self.matched = answer
 
+    def to_client_error(self) -> ClientError:
+        """The 400 for its grammar."""
+        return schema_error(self.body.main_schema(), self.error)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The library copies what belongs to a request when it preempts it."""
         return self
@@ -597,6 +601,15 @@ class Sampling:
 # by line with their language's own function would cut the JSON there.
 LINE_ENDS = re.compile("\u0085|\u2028|\u2029".encode())
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def answer_headers(answer: Answer, finish_reason: str) -> dict[str, str]:
+    """What an answer's headers say, for the JSON of `POST /` has no place for it."""
+    return {
+        "X-Finish-Reason": finish_reason,
+        "X-Prompt-Tokens": str(answer.prompt_tokens),
+        "X-Completion-Tokens": str(answer.completion_tokens),
+    }
 
 
 def sse(data: bytes, event: bytes = b"") -> bytes:

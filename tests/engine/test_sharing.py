@@ -343,3 +343,32 @@ def test_steps_of_several_requests_are_small(
     found = results(manager, {*names})
     assert max(sizes) == most
     assert [found[name] for name in names] == expected
+
+
+def test_a_prompt_that_has_begun_goes_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the cache has less left than the library keeps free for answers (15%): it
+    does not wait until another answer ends. A new prompt does."""
+    monkeypatch.setattr(api, "SHARED_TOKENS", 12)
+    manager, ended = make(blocks=24), []
+    scheduler = manager.batch_processor.scheduler
+    meet, margins = scheduler._try_to_meet_safety_margin, []
+    base = super(api.Scheduler, scheduler)._try_to_meet_safety_margin
+
+    def watched() -> bool:
+        margins.append(base())
+        return meet()
+
+    scheduler._try_to_meet_safety_margin = watched
+    manager.add_request(tokens(30, 60), "first", max_new_tokens=40)
+    manager.add_request(tokens(300, 61), "begun", max_new_tokens=4)
+    manager.add_request(tokens(3, 62), "new", max_new_tokens=1)
+    manager.start()
+    while len(ended) < 3:
+        output = manager.get_result(timeout=60)
+        assert output and not output.error, output
+        if output.is_finished():
+            ended.append(output.request_id)
+    assert not all(margins), "the cache was never that full"
+    assert ended[0] == "begun" and {*ended} == {"begun", "first", "new"}
