@@ -3,6 +3,7 @@
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 from played_gpu import create_manager, generated, plain_model, results
 from server import wait_until
+from transformers.generation.continuous_batching.cache_allocators.cache_allocator import (
+    compute_block_hash,
+)
 
 import api
 import model_download
@@ -46,28 +50,44 @@ def make(
         manager.stop(block=True, timeout=30)
 
 
+def page_hash(request: list[int], index: int) -> int:
+    """The library's name for this page of a request, and for all pages that hold the same
+    tokens behind the same beginning."""
+    found = None
+    for start in range(0, (index + 1) * PAGE, PAGE):
+        found = compute_block_hash(found, request[start : start + PAGE])
+    return found
+
+
 def watch(manager: Any) -> None:
-    """Fail a step in which two requests write to one page, or one to a page that was
-    shared before; and one after which a page is shared whose tokens are not computed."""
+    """Fail a step in which two requests write to one page, or one writes other tokens to a
+    page that was shared before. (It may write the same again: a request that began without
+    that page, and had to wait while another computed it.) Fail a step, too, after which a
+    page is shared whose tokens are not computed."""
     processor = manager.batch_processor
     (allocator,) = processor.cache.cache_allocators.values()
     schedule, update = processor.scheduler.schedule_batch, processor.update_batch
 
     def scheduled(*budgets: int) -> tuple:
-        before, now = (
-            dict(allocator.ledger.block_to_hash),
-            allocator.ledger.block_to_hash,
-        )
+        now = allocator.ledger.block_to_hash
+        before = dict(now)
         found = schedule(*budgets)
-        written: list[int] = []
+        writers = Counter()
         for each in found[0] or ():
             state, pages = each.state, allocator.block_table[each.state.request_id]
             start = state.position_offset
             end = start + each.query_length
-            written += pages[start // PAGE : -(-end // PAGE)]
-        assert len({*written}) == len(written), "two write to one page"
-        for page in written:
-            assert before.get(page) is None or before[page] != now.get(page), "shared"
+            for index in range(start // PAGE, -(-end // PAGE)):
+                page = pages[index]
+                writers[page] += 1
+                is_shared = before.get(page) is not None and before[page] == now.get(
+                    page
+                )
+                if is_shared:
+                    same = page_hash(state.initial_tokens, index)
+                    assert now[page] == same, "others' keys are overwritten"
+                else:
+                    assert writers[page] == 1, "two write to one page"
         return found
 
     def updated() -> None:
