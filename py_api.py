@@ -604,7 +604,7 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def answer_headers(answer: Answer, finish_reason: str) -> dict[str, str]:
-    """What an answer's headers say, for the JSON of `POST /` has no place for it."""
+    """What the headers say of an answer: the JSON of `POST /` has no place for it."""
     return {
         "X-Finish-Reason": finish_reason,
         "X-Prompt-Tokens": str(answer.prompt_tokens),

@@ -62,6 +62,8 @@ REQUEST = (
 # Overridden, replaced or called with arguments by position: all parameters count.
 SIGNATURES: list[tuple[Callable, str]] = [
     (FIFOScheduler.clear_cancelled_requests, "self"),
+    (FIFOScheduler._try_to_meet_safety_margin, "self"),
+    (FIFOScheduler.schedule_batch, "self token_budget cache_budget"),
     (
         FIFOScheduler._infer_request_tokens,
         "self state request_ids_to_remove_from_waiting",
@@ -151,7 +153,7 @@ GLOBALS: list[tuple[Any, str]] = [
 # Of the state of a request.
 STATE = (
     "logit_processor_kwargs position_offset initial_tokens generated_tokens"
-    " _true_initial_tokens _eos_token_ids status"
+    " _true_initial_tokens _eos_token_ids status remaining_prefill_tokens"
 )
 # Of a manager that has run, as paths of attributes.
 ATTRIBUTES = [
@@ -167,7 +169,9 @@ ATTRIBUTES = [
     "batch_processor.model_runner.inputs_and_outputs.current_pair",
     "batch_processor.model_runner.inputs_and_outputs.output_ids",
     "batch_processor.model_runner.use_cuda_graph_varlen",
+    "batch_processor.scheduler.active_requests",
     "batch_processor.scheduler.block_new_requests",
+    "batch_processor.scheduler.waiting_requests",
     "continuous_batching_config.page_size",
     "current_batch",
     "input_queue.qsize",
