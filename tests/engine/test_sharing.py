@@ -80,12 +80,10 @@ def watch(manager: Any) -> None:
             for index in range(start // PAGE, -(-end // PAGE)):
                 page = pages[index]
                 writers[page] += 1
-                is_shared = before.get(page) is not None and before[page] == now.get(
-                    page
-                )
-                if is_shared:
+                known = before.get(page)
+                if known is not None and known == now.get(page):  # it is shared
                     same = page_hash(state.initial_tokens, index)
-                    assert now[page] == same, "others' keys are overwritten"
+                    assert known == same, "others' keys are overwritten"
                 else:
                     assert writers[page] == 1, "two write to one page"
         return found
