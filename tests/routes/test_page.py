@@ -513,6 +513,7 @@ def test_an_answer_that_breaks_off_stays_and_is_not_in_the_history(
         gate.fail()
         expect(chat.turn(1).note).to_contain_text("the engine failed")
     expect(chat.turn(1).text).to_have_text("one")
+    counting.wait_ready()
     chat.field.fill("third")
     wait_until(lambda: chat.field.press("Enter") or chat.turns.count() == 3)
     chat.answered("one two three", 2)
