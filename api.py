@@ -27,16 +27,17 @@ Limits (settings, where it does not say otherwise)
     model that thinks. Prompt and answer together have what the model's context and the
     KV cache hold.
 
-A request takes one path, whichever route it came by: RequestMiddleware, SecuredRoute,
-reply(), Engine.submit(), the generation thread, Engine.process_outputs(), and back to
-reply(). One thread owns the model; the event loop never waits for it.
+A request takes one path, whichever route it came by: RequestMiddleware and SecuredRoute
+in py_api.py, then reply(), Engine.submit(), the generation thread,
+Engine.process_outputs(), and back to reply(). One thread owns the model; the event loop
+never waits for it.
 
 The file has the engine first, then the routes that call it and the chat page, which is a
 client of POST /. A section on the insides of transformers and torch follows, which a
 first reading may skip. The entry points come last. py_api.py has a small client, the
-formats of requests and responses, and limits against clients that misbehave.
-model_download.py has the settings, and checks the folder and the machine before anything
-is loaded.
+formats of requests and responses, limits against clients that misbehave, and what stands
+around every request. model_download.py has the settings, and checks the folder and the
+machine before anything is loaded.
 """
 
 import asyncio
@@ -46,8 +47,6 @@ import hashlib
 import logging
 import math
 import os
-import re
-import secrets
 import signal
 import threading
 import time
@@ -68,7 +67,6 @@ os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
 # far slower where other programs want the cores: see tests/results/reliability.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import h11
 import torch
 import transformers
 import uvicorn
@@ -78,7 +76,6 @@ from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
 from pydantic_core import to_json
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import ScalingType, pad, scaled_mm
@@ -559,69 +556,6 @@ async def read_metrics(request: Request) -> Response:
     return Response(text, media_type=py_api.METRICS)
 
 
-class RequestMiddleware:
-    """Gives every request an id, and turns what is raised into a response. At the end it
-    frees the request's place, counts it and logs it."""
-
-    def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
-        self.app, self.sends_id = app, sends_id
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request, started, status = Request(scope, receive), time.monotonic(), 0
-        request_id = request.headers.get("x-request-id", "")
-        if not re.fullmatch(r"[\w.:-]{1,128}", request_id, re.ASCII):
-            request_id = secrets.token_hex(8)
-
-        async def labelled_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if self.sends_id:
-                    message["headers"].append((b"x-request-id", request_id.encode()))
-            await send(message)
-
-        try:
-            py_api.check_head(request)
-            await self.app(scope, receive, labelled_send)
-        except asyncio.CancelledError:
-            logger.debug("%s ends, the server shuts down", request_id)
-        except Exception as error:
-            # h11 has answered a 400 for malformed bytes; nothing more can be sent.
-            if not isinstance(error, HTTPException | h11.LocalProtocolError):
-                logger.exception("%s failed", request_id)
-            if not status:  # otherwise it is too late for another response
-                response = await py_api.error_response(request, error)
-                await response(scope, receive, labelled_send)
-        finally:
-            end_request(request, request_id, status or 500, started)
-
-
-def end_request(request: Request, request_id: str, status: int, started: float) -> None:
-    """Free the place of a request that has ended in whatever way, count and log it."""
-    route = getattr(request.scope.get("route"), "path", "other")
-    py_api.REQUESTS.labels(route, status).inc()
-    path = request.scope["raw_path"].decode("latin-1")  # cannot hold a line break
-    line = f"{request_id} {request.method} {path[:200]} {status}"
-    generation: Generation | None = getattr(request.state, "generation", None)
-    if generation:
-        request.state.client_watch.cancel()
-        request.app.state.engine.release(generation, HTTPException(499))  # if it runs
-        first, last = generation.first_token_time, generation.last_token_time
-        ttft = max(first - generation.arrival_time, 0)  # 0: no token came
-        py_api.observe(generation, ttft, last - first)
-        line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
-        line += f" first={ttft:.3f}s"
-        logger.debug("%s answers %r", generation.id, generation.text)
-    if why := getattr(request.state, "why", None):
-        line += f" why={why[:200]!a}"
-    level = logging.DEBUG if route == "/health" else logging.INFO
-    logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
-    # A connection that is kept alive keeps the scope of its last request.
-    request.scope.get("state", {}).clear()
-
-
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
@@ -642,7 +576,7 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
     app.state.engine = engine
     app.include_router(secured)
     app.include_router(public)
-    app.add_middleware(RequestMiddleware, sends_id=sends_id)
+    app.add_middleware(py_api.RequestMiddleware, sends_id=sends_id)
     if origins := words(settings.cors_origins):
         app.add_middleware(CORSMiddleware, allow_origins=origins, **py_api.CORS_OPTIONS)
     return app

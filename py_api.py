@@ -162,6 +162,7 @@ if __name__ == "__main__":
 import asyncio
 import codecs
 import ipaddress
+import logging
 import math
 import re
 import secrets
@@ -187,6 +188,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from model_download import (
@@ -197,6 +199,8 @@ from model_download import (
     one_line,
     words,
 )
+
+logger = logging.getLogger("phi4")
 
 
 class ClientError(HTTPException):
@@ -1722,6 +1726,74 @@ UVICORN_OPTIONS: dict[str, Any] = {
     "timeout_keep_alive": CLIENT_SECONDS,
     "timeout_graceful_shutdown": 5,
 }
+
+
+# ------------------------------------------------------------------------------
+# Around every request: what the routes of api.py are called through
+# ------------------------------------------------------------------------------
+
+
+class RequestMiddleware:
+    """Gives every request an id, and turns what is raised into a response. At the end it
+    frees the request's place, counts it and logs it."""
+
+    def __init__(self, app: ASGIApp, sends_id: bool = True) -> None:
+        self.app, self.sends_id = app, sends_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request, started, status = Request(scope, receive), time.monotonic(), 0
+        request_id = request.headers.get("x-request-id", "")
+        if not re.fullmatch(r"[\w.:-]{1,128}", request_id, re.ASCII):
+            request_id = secrets.token_hex(8)
+
+        async def labelled_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.sends_id:
+                    message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            check_head(request)
+            await self.app(scope, receive, labelled_send)
+        except asyncio.CancelledError:
+            logger.debug("%s ends, the server shuts down", request_id)
+        except Exception as error:
+            # h11 has answered a 400 for malformed bytes; nothing more can be sent.
+            if not isinstance(error, HTTPException | h11.LocalProtocolError):
+                logger.exception("%s failed", request_id)
+            if not status:  # otherwise it is too late for another response
+                response = await error_response(request, error)
+                await response(scope, receive, labelled_send)
+        finally:
+            end_request(request, request_id, status or 500, started)
+
+
+def end_request(request: Request, request_id: str, status: int, started: float) -> None:
+    """Free the place of a request that has ended in whatever way, count and log it."""
+    route = getattr(request.scope.get("route"), "path", "other")
+    REQUESTS.labels(route, status).inc()
+    path = request.scope["raw_path"].decode("latin-1")  # cannot hold a line break
+    line = f"{request_id} {request.method} {path[:200]} {status}"
+    generation = getattr(request.state, "generation", None)
+    if generation:
+        request.state.client_watch.cancel()
+        request.app.state.engine.release(generation, HTTPException(499))  # if it runs
+        first, last = generation.first_token_time, generation.last_token_time
+        ttft = max(first - generation.arrival_time, 0)  # 0: no token came
+        observe(generation, ttft, last - first)
+        line += f" in={generation.prompt_tokens} out={generation.completion_tokens}"
+        line += f" first={ttft:.3f}s"
+        logger.debug("%s answers %r", generation.id, generation.text)
+    if why := getattr(request.state, "why", None):
+        line += f" why={why[:200]!a}"
+    level = logging.DEBUG if route == "/health" else logging.INFO
+    logger.log(level, "%s total=%.3fs", line, time.monotonic() - started)
+    # A connection that is kept alive keeps the scope of its last request.
+    request.scope.get("state", {}).clear()
 
 
 class SecuredRoute(APIRoute):
