@@ -35,9 +35,9 @@ never waits for it.
 The file has the engine first, then the routes that call it and the chat page, which is a
 client of POST /. A section on the insides of transformers and torch follows, which a
 first reading may skip. The entry points come last. py_api.py has a small client, the
-formats of requests and responses, limits against clients that misbehave, and what stands
-around every request. model_download.py has the settings, and checks the folder and the
-machine before anything is loaded.
+formats of requests and responses, limits against clients that misbehave, and the
+middleware of every request. model_download.py has the settings, and checks the folder and
+the machine before anything is loaded.
 """
 
 import asyncio
@@ -47,6 +47,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -76,6 +77,7 @@ from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
 from pydantic_core import to_json
+from tokenizers import Encoding
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import ScalingType, pad, scaled_mm
@@ -154,6 +156,33 @@ MAX_CHARS_PER_TOKEN = 16
 MAX_EVENTS_PER_SECOND = 5000
 ENGINE_FAILED = "the engine failed and is restarting"
 MAX_FAILURES = 3  # of the engine, in a row, without an answer between them
+# What a long text is cut into: pieces of more than 4,096 characters, and the rest. A cut
+# is between an English or Chinese letter and a space, "，" or "。" that another such letter
+# follows. A word ends there, so no token spans the cut. A text without such places stays
+# whole.
+PIECE = re.compile(r".{4096,}?[A-Za-z一-龥](?=[ ，。][A-Za-z一-龥])|.+", re.DOTALL)
+
+
+def encode_in_pieces(tokenizer: Any) -> None:
+    """Make a tokenizer encode the pieces of a text side by side, and without offsets, which
+    nobody reads: on 2 cores 8,000 tokens take 7 ms in place of 17. It is for calls as
+    apply_chat_template makes them, without special tokens or truncation. Does nothing
+    where a cut could change the tokens."""
+    backend = tokenizer.backend_tokenizer
+    if not model_download.can_be_cut(backend):
+        return
+
+    def encode(text: str, **options: Any) -> Encoding:
+        pieces, encoded, cores = PIECE.findall(text), [], os.cpu_count() or 1
+        # No more at once than there are cores: other threads have pieces, too.
+        for i in range(0, len(pieces), cores):
+            encoded += backend.encode_batch_fast(pieces[i : i + cores], **options)
+        return Encoding.merge(encoded)
+
+    # transformers calls this one for a list of texts.
+    backend.encode_batch = lambda texts, **more: [
+        encode(text, **more) for text in texts
+    ]
 
 
 class Engine:
@@ -193,6 +222,8 @@ class Engine:
         self.loop_tokenizer = tokenizer
         # A tokenizer is not thread-safe.
         copies = [copy.deepcopy(tokenizer) for _ in range(len(LONG_CHARS) + 1)]
+        for each in (tokenizer, *copies):
+            encode_in_pieces(each)
         self.tokenizers = [(ThreadPoolExecutor(1), each) for each in copies]
         # Of every thread from here on: a long chain of $refs recurses deeply. It is
         # virtual memory, and costs nothing where it is not used.
@@ -346,7 +377,8 @@ class Engine:
         return tokens
 
     def apply_template(self, tokenizer: Any, turns: list[Turn]) -> list[int]:
-        """Token ids of the chat template. Control tokens inside a message stay text."""
+        """Token ids of the chat template. Control tokens inside a message stay text. A long
+        text is encoded by `encode_in_pieces`."""
         messages = [turn.model_dump() for turn in turns]
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
         return tokenizer.apply_chat_template(messages, **options)["input_ids"]

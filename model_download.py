@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -1026,6 +1027,25 @@ def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes |
         elif not added[index].special or token in (THINK, END_THINK):
             table[index] = token.encode()
     return table
+
+
+def can_be_cut(backend: Any) -> bool:
+    """Whether a tokenizer of the library tokenizers gives a text the same tokens when the
+    text is cut where api.PIECE cuts. It does if a word ends at each such place, and if
+    nothing looks across it: neither a normalizer nor an added token."""
+    letters, marks = "a我", " ，。"
+    for token in backend.get_added_tokens_decoder().values():
+        takes_next_space = token.rstrip and token.content[-1:].isalpha()
+        if takes_next_space or {*token.content} & {*marks}:
+            return False
+    if not backend.pre_tokenizer or backend.normalizer:  # an empty sequence is false
+        return False
+
+    def split(text: str) -> list[str]:
+        return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    sides = product(letters, marks, letters)
+    return all(split(a + b + c) == split(a) + split(b + c) for a, b, c in sides)
 
 
 # ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The API, from both ends of the wire: a client, and below it the server's formats.
+"""The API, from both ends of the wire: a client, and below it the server's formats,
+limits, figures and middleware.
 
 python py_api.py                          the tutorial's example
 python py_api.py "天空为什么是蓝色的？"       one question of your own
@@ -1729,7 +1730,7 @@ UVICORN_OPTIONS: dict[str, Any] = {
 
 
 # ------------------------------------------------------------------------------
-# Around every request: what the routes of api.py are called through
+# The middleware of every request, and the route that asks for the key
 # ------------------------------------------------------------------------------
 
 
@@ -1778,7 +1779,8 @@ def end_request(request: Request, request_id: str, status: int, started: float) 
     REQUESTS.labels(route, status).inc()
     path = request.scope["raw_path"].decode("latin-1")  # cannot hold a line break
     line = f"{request_id} {request.method} {path[:200]} {status}"
-    generation = getattr(request.state, "generation", None)
+    # An api.Generation, once reply() has made one.
+    generation: Any = getattr(request.state, "generation", None)
     if generation:
         request.state.client_watch.cancel()
         request.app.state.engine.release(generation, HTTPException(499))  # if it runs
