@@ -1033,7 +1033,7 @@ def can_be_cut(backend: Any) -> bool:
     """Whether a tokenizer of the library tokenizers gives a text the same tokens when the
     text is cut where api.PIECE cuts. It does if a word ends at each such place, and if
     nothing looks across it: neither a normalizer nor an added token."""
-    letters, marks = "a我", " ，。"
+    letters, marks = "azAZ一我龥", " ，。"
     for token in backend.get_added_tokens_decoder().values():
         takes_next_space = token.rstrip and token.content[-1:].isalpha()
         if takes_next_space or {*token.content} & {*marks}:

@@ -1628,7 +1628,7 @@ class BoundedRequest(Request):
     """A request whose body comes within the limits of size and time."""
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Raises HTTPException: 408 or 413."""
+        """Raises HTTPException: 400, 408 or 413."""
         settings = self.app.state.engine.settings
         limit, size = settings.max_body_bytes, 0
         try:
@@ -1639,8 +1639,10 @@ class BoundedRequest(Request):
                         yield piece
                     elif size > 16 * limit:  # at once, a reset would overtake the 413
                         break
-        except (TimeoutError, ClientDisconnect) as error:
+        except TimeoutError as error:
             raise HTTPException(408, "the body came too slowly", CLOSE) from error
+        except ClientDisconnect as error:  # or h11 has answered a 400 for what came
+            raise HTTPException(400, "the body broke off", CLOSE) from error
         if size > limit:  # Protocol reads the rest, if there is any, and drops it
             raise HTTPException(413, f"the body has over {limit} bytes")
 
@@ -1768,7 +1770,8 @@ class RequestMiddleware:
                 logger.exception("%s failed", request_id)
             if not status:  # otherwise it is too late for another response
                 response = await error_response(request, error)
-                await response(scope, receive, labelled_send)
+                with contextlib.suppress(h11.LocalProtocolError):  # from the same 400
+                    await response(scope, receive, labelled_send)
         finally:
             end_request(request, request_id, status or 500, started)
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 import api
+import model_download
 
 PARTS = [*"abzA日本語，。！ 12٣½²_'\n\r\t-.…é́💡שلЯＡ  \u00a0\u200b", " don't", "'s"]
 PARTS += [
@@ -58,9 +59,13 @@ def load(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", ["phi4_folder", "demo_folder"])
 def test_the_tokens_are_those_of_the_whole_text(
-    pieces: Pieces, request: pytest.FixtureRequest, name: str
+    pieces: Pieces,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     folder = request.getfixturevalue(name)
+    monkeypatch.setattr(model_download, "cpus", lambda most: 4)  # 3 pieces at once
     whole, cut = load(folder), load(folder)
     api.encode_in_pieces(cut)
     rng = random.Random(20)
@@ -99,13 +104,18 @@ def change(backend: Tokenizer, what: str) -> None:
         backend.pre_tokenizer = AS_BYTES
     elif what == "no words":
         backend.pre_tokenizer = None
-    elif what == "commas in words":
-        words = Split(Regex(r"[^ 。]+|[ 。]"), "isolated")
+    elif what in WORDS:
+        words = Split(Regex(WORDS[what]), "isolated")
         backend.pre_tokenizer = Sequence([words, AS_BYTES])
     else:
         backend.add_tokens([TOKENS[what]])
 
 
+WORDS = {
+    "commas in words": r"[^ 。]+|[ 。]",
+    "capitals across spaces": r"\s?[a-z]+|\s?[一-龥]+|[，。]",
+    "rare letters across spaces": r"\s?[A-Za-z]+|\s?[一-龠]+|[，。]",
+}
 TOKENS = {
     "token with a space": AddedToken("z a"),
     "token with a comma": AddedToken("o，h"),
@@ -121,7 +131,7 @@ TOKENS = {
         "prefix space",
         "words across spaces",
         "no words",
-        "commas in words",
+        *WORDS,
         *TOKENS,
     ],
 )

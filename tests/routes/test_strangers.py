@@ -199,6 +199,25 @@ def test_bad_chunks_after_a_refusal_end_the_connection_without_a_traceback(
     assert "Traceback" not in caplog.text
 
 
+def test_bad_chunks_behind_a_head_that_is_refused(keyed, shared, caplog):
+    """h11 answers the chunks with a 400 before the head has its 401 or 403."""
+    another = head("/", CHUNKED).replace(b"localhost", b"example.com")
+    for served, refused in ((keyed, head("/", CHUNKED)), (shared, another)):
+        with net.connect(served.url, refused + b"no size of a chunk\r\n") as client:
+            assert b" 400 " in client.recv(1000)
+            wait_until(lambda: closed(client))
+    wait_until(lambda: "/ 401" in caplog.text and "/ 403" in caplog.text)
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("rest", ["no size of a chunk\r\n", "5\r\nhel"])
+def test_a_body_that_breaks_off_is_no_slow_one(shared, caplog, rest):
+    with net.connect(shared.url, head("/", CHUNKED) + rest.encode()):
+        pass
+    wait_until(lambda: "the body broke off" in caplog.text)
+    assert "POST / 400" in caplog.text and "Traceback" not in caplog.text
+
+
 # ------------------------------------------------------------------------------
 # Whoever leaves is noticed
 # ------------------------------------------------------------------------------
