@@ -1180,16 +1180,21 @@ class Runner(batching.model_runner.ModelRunner):
         return tensor.to(device, non_blocking=True)
 
 
-def sample(logits: Tensor, noise: Tensor, *options: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    noise: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+) -> Tensor:
     """Draw a token for each row by the Gumbel-max trick: the largest of log-probability
     minus log of exponential noise is a draw from the softmax. Temperature 0 takes the
     likeliest.
 
-    Logits and noise are (rows, vocabulary). The options are temperature, top_p, top_k
-    and min_p, each (rows, 1). Returns (rows,). top_p and min_p look at the 1,024
-    likeliest tokens.
+    Logits and noise are (rows, vocabulary), the others (rows, 1). Returns (rows,).
+    top_p and min_p look at the 1,024 likeliest tokens.
     """
-    temperature, top_p, top_k, min_p = options
     logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
     top = logprobs.topk(min(1024, logits.shape[-1])).values  # no full sort
     mass_before = top.exp().cumsum(-1) - top.exp()

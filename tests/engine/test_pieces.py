@@ -15,18 +15,8 @@ import api
 import model_download
 
 PARTS = [*"abzA日本語，。！ 12٣½²_'\n\r\t-.…é́💡שلЯＡ  \u00a0\u200b", " don't", "'s"]
-PARTS += [
-    "我们",
-    " the ",
-    "हिन्दी",
-    "ﬁ",
-    "<|im_end|>",
-    "，你",
-    " a",
-    ", ",
-    "\n\n",
-    "ing",
-]
+PARTS += ["我们", " the ", "हिन्दी", "ﬁ", "<|im_end|>"]
+PARTS += ["，你", " a", ", ", "\n\n", "ing"]
 
 
 def random_text(rng: random.Random) -> str:
