@@ -1628,6 +1628,24 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
         super().prepare_batch_tensors(requests, processors, True, *sizes)
 
 
+class AsyncIOs(batching.input_outputs.ContinuousBatchingAsyncIOs):
+    """Two pairs of buffers: while the GPU computes a step from one, the host prepares the
+    next one in the other."""
+
+    def infer_carry_over_ids(self) -> Tensor:
+        """For each token of the next step the place among the tokens that this step
+        chooses, or -1. (max_batch_tokens,). The library makes a list of that length
+        first, which takes the host 1 ms of each step."""
+        pairs, current = self.io_pairs, self.current_pair
+        position_of = pairs[current].host_io.req_id_to_new_token_position
+        chosen = pairs[1 - current].host_io.req_id_to_new_token_position
+        ids = torch.full((self.max_batch_tokens,), -1, dtype=torch.int32)
+        for place, name in enumerate(chosen):
+            if name in position_of:
+                ids.numpy()[position_of[name]] = place
+        return ids
+
+
 class FlashRunner(Runner):
     """Runs steps of up to MAX_GRAPH_TOKENS tokens as CUDA graphs of a few shapes, which
     `warmup` captures. Larger steps, of a request that is alone, run without."""
@@ -1714,6 +1732,36 @@ class FlashRunner(Runner):
         return [(tokens, 0) for tokens in prompts] + [(rows, None) for rows in decode]
 
 
+# How much longer a busy host may take for a step than for the one before.
+HOST_SECONDS = 0.004
+
+
+class Processor(batching.continuous_api.ContinuousBatchProcessor):
+    """Prepares a step in the middle of the time in which the host has nothing to do while
+    the GPU computes the one before. A request that arrives until then gets into it. The
+    library would prepare it at once, and the request would wait for one more step."""
+
+    waited = 0.0  # seconds, before the step was prepared that the GPU computes now
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        # By shape: how long the host had nothing to do while the GPU computed the step.
+        self.idle_seconds: defaultdict[StepShape, float] = defaultdict(float)
+
+    def update_batch(self) -> None:
+        """Update the requests of the last step, for whose end this waits."""
+        ios, started = self.inputs_and_outputs, time.perf_counter()
+        last = ios.io_pairs[ios.current_pair]
+        running = ios.io_pairs[1 - ios.current_pair]
+        last.d2h_over.synchronize()
+        idle = self.waited + time.perf_counter() - started
+        self.idle_seconds[last.device_io.shape] = idle
+        super().update_batch()
+        idle = self.idle_seconds[running.device_io.shape]
+        self.waited = max(0, min(idle / 2, idle - HOST_SECONDS))
+        time.sleep(self.waited)
+
+
 FLASH = "torch_flash_2"  # the library decodes from pages for names like ".*flash.*2"
 
 
@@ -1741,6 +1789,8 @@ def install_patches(device: torch.device) -> str:
     flash._loaded_implementation, flash._flash_with_kvcache_fn = FLASH, varlen_attn
     transformers.AttentionInterface.register(FLASH, flash_attention)
     batching.continuous_api.ModelRunner = FlashRunner
+    batching.continuous_api.ContinuousBatchProcessor = Processor
+    batching.continuous_api.ContinuousBatchingAsyncIOs = AsyncIOs
     batching.input_outputs.ContinuousBatchingIOs = FlashIOs
     return FLASH
 

@@ -88,6 +88,8 @@ SIGNATURES: list[tuple[Callable, str]] = [
     (input_outputs.ContinuousBatchingIOs._get_graph_key, "self"),
     (input_outputs.ContinuousBatchingIOs.prepare_batch_update, "self"),
     (input_outputs.ContinuousBatchingAsyncIOs.swap_io_pairs, "self"),
+    (input_outputs.ContinuousBatchingAsyncIOs.infer_carry_over_ids, "self"),
+    (continuous_api.ContinuousBatchProcessor.update_batch, "self"),
     (continuous_api.OutputRouter.deliver, "self output"),
     (continuous_api.OutputRouter.deliver_batch, "self outputs"),
     (continuous_api.BackgroundThreadStatus.can_accept_new_requests, "self"),
@@ -137,6 +139,8 @@ TAKES: list[tuple[Callable, str]] = [
 # Replaced, or read, where the library itself looks them up.
 GLOBALS: list[tuple[Any, str]] = [
     (continuous_api, "ModelRunner"),
+    (continuous_api, "ContinuousBatchProcessor"),
+    (continuous_api, "ContinuousBatchingAsyncIOs"),
     (continuous_api, "PagedAttentionCache"),
     (input_outputs, "ContinuousBatchingIOs"),
     (scheduler, "SCHEDULER_MAPPING"),

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from transformers.generation.continuous_batching import (
-    continuous_api,
     initialization,
     input_outputs,
 )
@@ -33,10 +32,6 @@ class Past:
     record_event = wait_event = synchronize = nothing
 
 
-class CpuAsyncIOs(input_outputs.ContinuousBatchingAsyncIOs):
-    _supported_device_types = ("cpu",)
-
-
 @contextlib.contextmanager
 def overlapped(wanted: bool = True) -> Iterator[None]:
     """Engines that are loaded inside have two sets of buffers, which take turns."""
@@ -46,7 +41,8 @@ def overlapped(wanted: bool = True) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "Event", Past)
         patch.setattr(input_outputs, "create_device_stream", Past)
-        patch.setattr(continuous_api, "ContinuousBatchingAsyncIOs", CpuAsyncIOs)
+        async_ios = input_outputs.ContinuousBatchingAsyncIOs
+        patch.setattr(async_ios, "_supported_device_types", ("cpu",))
 
         def decide(cb_config: Any, **_: Any) -> None:
             cb_config.use_async_batching = True

@@ -151,6 +151,8 @@ def playing() -> Iterator[pytest.MonkeyPatch]:
             (api.flash, "_loaded_implementation"),
             (api.flash, "_flash_with_kvcache_fn"),
             (continuous_api, "ModelRunner"),
+            (continuous_api, "ContinuousBatchProcessor"),
+            (continuous_api, "ContinuousBatchingAsyncIOs"),
             (continuous_api, "PagedAttentionCache"),
             (input_outputs, "ContinuousBatchingIOs"),
             (api.FlashRunner, "compiles"),
