@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import overlap
 import played_gpu as played
 import pytest
 import torch
@@ -419,6 +420,9 @@ class SlowEvent:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
+    def query(self) -> bool:
+        return time.monotonic() >= self.comes_at
+
     def synchronize(self) -> None:
         time.sleep(max(0, self.comes_at - time.monotonic()))
 
@@ -455,10 +459,18 @@ def test_a_request_gets_into_the_next_step(played_gpu: pytest.MonkeyPatch) -> No
     assert 0.36 < statistics.median(waits) < 0.5, waits
 
 
+class LockedEvent(overlap.Past):
+    """Of a GPU that is done, on a host where other threads hold Python's lock."""
+
+    def synchronize(self) -> None:
+        time.sleep(0.02)
+
+
 def test_a_busy_host_prepares_the_next_step_at_once(
     played_gpu: pytest.MonkeyPatch,
 ) -> None:
     """Where the GPU waits for the host, or nearly, the host does not wait for requests."""
+    played_gpu.setattr(torch, "Event", LockedEvent)
     manager = create_manager(played.gpu_model(played_gpu))
     manager.warmup()
     processor = manager.batch_processor
@@ -470,8 +482,8 @@ def test_a_busy_host_prepares_the_next_step_at_once(
     ios, waits = processor.inputs_and_outputs, []
     running = ios.io_pairs[1 - ios.current_pair].device_io
     running.shape = api.StepShape(1, False, 7)  # no step had it
-    for idle in (0.003, 0.006, 0.02):
+    for idle in (0.003, 0.007, 0.02, 9):
         processor.idle_seconds[running.shape] = idle
         processor.update_batch()
         waits.append(processor.waited)
-    assert waits == pytest.approx([0, 0.002, 0.01])
+    assert waits == pytest.approx([0, 0.002, 0.01, 0.2])
