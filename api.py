@@ -1752,17 +1752,18 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
     def update_batch(self) -> None:
         """Wait for the last step, update its requests, and sleep."""
         ios, idle = self.inputs_and_outputs, self.waited
-        last = ios.io_pairs[ios.current_pair]
-        running = ios.io_pairs[1 - ios.current_pair]
+        # `last` has ended or will soon; the GPU computes `this` now or next.
+        last, this = ios.io_pairs[ios.current_pair], ios.io_pairs[1 - ios.current_pair]
         if not last.d2h_over.query():  # or waiting for Python's lock would count
             started = time.perf_counter()
             last.d2h_over.synchronize()
             idle += time.perf_counter() - started
         self.idle_seconds[last.device_io.shape] = idle
         super().update_batch()
-        idle = self.idle_seconds[running.device_io.shape]
+        idle = self.idle_seconds[this.device_io.shape]
         self.waited = max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
-        time.sleep(self.waited)
+        if self.waited:  # a sleep of 0 would give Python's lock away
+            time.sleep(self.waited)
 
 
 FLASH = "torch_flash_2"  # the library decodes from pages for names like ".*flash.*2"
