@@ -1739,8 +1739,10 @@ HOST_SECONDS = 0.005
 
 class Processor(batching.continuous_api.ContinuousBatchProcessor):
     """Sleeps before it prepares a step, for half of the time in which the host has nothing
-    to do while the GPU computes the one before. A request that arrives meanwhile gets into
-    it. The library would prepare it at once, and the request would wait for one more."""
+    to do while the GPU computes the one before: less where that would leave the host under
+    HOST_SECONDS, and 0.2 s at most, for a stop must not wait long. A request that arrives
+    meanwhile gets into the step. The library would prepare it at once, and the request
+    would wait for one more."""
 
     waited = 0.0  # seconds that it slept before it prepared the newest step
 
@@ -1770,9 +1772,10 @@ FLASH = "torch_flash_2"  # the library decodes from pages for names like ".*flas
 
 
 def install_patches(device: torch.device) -> str:
-    """Put Runner or FlashRunner in the place of the library's, which cannot be told to
-    use another. To be called before the model is made. Returns the name of its
-    attention implementation: FLASH, or "sdpa" where that cannot run."""
+    """Put Cache and Runner, or on a GPU also FlashRunner, Processor and their buffers, in
+    the place of the library's, which cannot be told to use others. To be called before
+    the model is made. Returns the name of its attention implementation: FLASH, or "sdpa"
+    where that cannot run."""
     # transformers sets this too late: it counts when NCCL starts.
     os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
     batching.continuous_api.ModelRunner = Runner
