@@ -182,9 +182,7 @@ def encode_in_pieces(tokenizer: Any) -> None:
         return Encoding.merge(encoded)
 
     # transformers calls this one for a list of texts.
-    backend.encode_batch = lambda texts, **more: [
-        encode(text, **more) for text in texts
-    ]
+    backend.encode_batch = lambda texts, **more: [encode(one, **more) for one in texts]
 
 
 class Engine:
@@ -1760,7 +1758,10 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
             started = time.perf_counter()
             last.d2h_over.synchronize()
             idle += time.perf_counter() - started
-        self.idle_seconds[last.device_io.shape] = idle
+        shape = last.device_io.shape
+        # A stall of the host looks the same. It must not make a later step wait as long.
+        most = 2 * self.idle_seconds[shape] + HOST_SECONDS
+        self.idle_seconds[shape] = min(idle, most)
         super().update_batch()
         idle = self.idle_seconds[this.device_io.shape]
         self.waited = max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))

@@ -456,7 +456,8 @@ def test_a_request_gets_into_the_next_step(played_gpu: pytest.MonkeyPatch) -> No
     manager.stop(block=True, timeout=30, hard_stop=True)
     # The running one and its own; more where this machine is slow.
     assert min(found) == 2 and found.count(2) > 3, found
-    assert 0.36 < statistics.median(waits) < 0.5, waits
+    # At first it does not know how long the host is idle.
+    assert 0.36 < statistics.median(waits[-10:]) < 0.5, waits
 
 
 class LockedEvent(overlap.Past):
@@ -487,3 +488,10 @@ def test_a_busy_host_prepares_the_next_step_at_once(
         processor.update_batch()
         waits.append(processor.waited)
     assert waits == pytest.approx([0, 0.002, 0.01, 0.2])
+    # It waits for Python's lock, once, and seems idle for 20 ms in place of 1.
+    played_gpu.setattr(LockedEvent, "query", lambda _: False)
+    ended = ios.io_pairs[ios.current_pair].device_io
+    ended.shape = api.StepShape(2, False, 7)
+    processor.waited, processor.idle_seconds[ended.shape] = 0.0, 0.001
+    processor.update_batch()
+    assert processor.idle_seconds[ended.shape] < 0.01
