@@ -991,12 +991,14 @@ class Cache(batching.PagedAttentionCache):
 
 # The token budget of a step that several requests share. A step of SHARED_TOKENS takes
 # 0.1 s on an H100: running requests wait that long for their next token. It is also
-# the largest step that has a CUDA graph. Where MANY_DECODING or more requests decode and
-# fewer than FEW_PREFILL_TOKENS of prompts are left, the budget is smaller: the least
-# multiple of SMALL_STEP that has room for SMALL_STEP / 2 of them. The time of a step of
-# SMALL_STEP tokens mostly goes into reading the weights, so a prompt's tokens cost a
-# third there of what they cost in a large one.
-SHARED_TOKENS, MANY_DECODING, FEW_PREFILL_TOKENS, SMALL_STEP = 2048, 56, 1024, 256
+# the largest step that has a CUDA graph. The time of a step of SMALL_STEP tokens mostly
+# goes into reading the weights, so that a prompt's tokens cost a third there of what they
+# cost in a large one. From SOME_REQUESTS on, and while fewer than MUCH_PREFILL tokens of
+# prompts are left, such steps are taken, or the next multiple with room for SMALL_STEP / 2
+# of these tokens. More than MANY_REQUESTS send prompts faster than small steps compute
+# them: there the limit is LITTLE_PREFILL. Measured on an H100.
+SHARED_TOKENS, SMALL_STEP, SOME_REQUESTS, MANY_REQUESTS = 2048, 256, 56, 96
+MUCH_PREFILL, LITTLE_PREFILL = 8192, 1024
 
 
 class Scheduler(batching.FIFOScheduler):
@@ -1028,10 +1030,11 @@ class Scheduler(batching.FIFOScheduler):
         """The token budget of a step: one token for each request that decodes, the rest
         for prefill. Tokens of prompts count as left even if the prefix cache has them:
         the library looks there later."""
-        decoding = sum(each.status == RequestStatus.DECODING for each in requests)
         prefill_tokens = sum(len(each.remaining_prefill_tokens) for each in requests)
-        if decoding < MANY_DECODING or prefill_tokens >= FEW_PREFILL_TOKENS:
+        limit = LITTLE_PREFILL if len(requests) > MANY_REQUESTS else MUCH_PREFILL
+        if len(requests) < SOME_REQUESTS or prefill_tokens >= limit:
             return SHARED_TOKENS
+        decoding = sum(each.status == RequestStatus.DECODING for each in requests)
         return math.ceil((decoding + SMALL_STEP // 2) / SMALL_STEP) * SMALL_STEP
 
     def _try_to_meet_safety_margin(self) -> bool:
@@ -1130,8 +1133,9 @@ class Runner(batching.model_runner.ModelRunner):
                 noise[i].exponential_(generator=generator)
             body = sampling.body
             top_p = 1 if body.top_p is None else body.top_p
-            row = sampling.temperature, top_p, body.top_k or 0, body.min_p or 0
-            table.append(row)
+            table.append(
+                (sampling.temperature, top_p, body.top_k or 0, body.min_p or 0)
+            )
         if constrained:
             self.mask(logits, constrained)
         if not any(temperature for temperature, *_ in table):
@@ -1161,11 +1165,10 @@ class Runner(batching.model_runner.ModelRunner):
     def mask(self, logits: Tensor, constrained: dict[int, Sampling]) -> None:
         """Exclude what grammars exclude; logits are (rows, vocabulary)."""
         matchers = [(sampling.matcher, i) for i, sampling in constrained.items()]
-        mask = py_api.allowed_tokens(matchers, logits.shape)
+        allowed = self.upload(py_api.allowed_tokens(matchers, logits.shape))
         for sampling in constrained.values():
             # A matcher that has failed allows only the end of the answer.
             sampling.error = py_api.grammar_error(sampling.matcher)
-        allowed = self.upload(mask)
         bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
         allowed = (allowed[..., None] >> bits & 1).flatten(1)[:, : logits.shape[1]]
         logits.masked_fill_(allowed == 0, -torch.inf)

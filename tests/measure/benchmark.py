@@ -540,6 +540,8 @@ async def run_level(way: Way, name: str, work: Workload) -> dict[str, Any]:
     answers: list[Answer] = []
 
     async def ask(prompt: str | Turns, tokens: int) -> Answer:
+        while idle and idle[-1].reader.at_eof():  # the server has closed it
+            idle.pop()
         if idle:
             connection = idle.pop()
         else:

@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -491,6 +492,41 @@ def test_arrivals_come_at_random_whether_or_not_others_are_answered(
     between = [seconds for seconds in waits if seconds]
     assert statistics.mean(between) == pytest.approx(1 / 8, rel=0.1)
     assert statistics.stdev(between) == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_a_connection_that_the_server_has_closed_is_not_used_again() -> None:
+    """As a server does with those that are idle, which arrivals leave now and then."""
+    asked: list[benchmark.Connection] = []
+
+    async def answer(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                if head.startswith(b"POST"):
+                    break
+        writer.close()
+
+    async def ask(connection: Any, prompt: Any, tokens: int) -> benchmark.Answer:
+        await reading(connection.pieces("/", {}))
+        await asyncio.sleep(0.05)  # until it is closed
+        asked.append(connection)
+        return benchmark.Answer(time.perf_counter(), [time.perf_counter()])
+
+    async def reading(pieces: Any) -> None:
+        async for _ in pieces:
+            pass
+
+    async def measure() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            (port, *_) = server.sockets[0].getsockname()[1:]
+            way = SimpleNamespace(name="", port=port, pid=os.getpid(), ask=ask)
+            work = workloads.Workload(1, 3, (5, 5), 2, str, random.Random(0))
+            await benchmark.run_level(way, "equal", work)
+
+    asyncio.run(measure())
+    assert len({*asked}) == 3
 
 
 def test_a_server_that_runs_already_is_measured_by_turn(
