@@ -993,10 +993,10 @@ class Cache(batching.PagedAttentionCache):
 # 0.1 s on an H100: running requests wait that long for their next token. It is also
 # the largest step that has a CUDA graph. The time of a step of SMALL_STEP tokens mostly
 # goes into reading the weights, so that a prompt's tokens cost a third there of what they
-# cost in a large one. From SOME_REQUESTS on, and while fewer than MUCH_PREFILL tokens of
-# prompts are left, such steps are taken, or the next multiple with room for SMALL_STEP / 2
-# of these tokens. More than MANY_REQUESTS send prompts faster than small steps compute
-# them: there the limit is LITTLE_PREFILL. Measured on an H100.
+# cost in a large one. A step has SMALL_STEP tokens, or the next multiple with room for
+# SMALL_STEP / 2 tokens of prompts, if SOME_REQUESTS or more run or wait and fewer than
+# MUCH_PREFILL tokens of prompts are left. More than MANY_REQUESTS send prompts faster than
+# small steps compute them; for them LITTLE_PREFILL is the limit. Measured on an H100.
 SHARED_TOKENS, SMALL_STEP, SOME_REQUESTS, MANY_REQUESTS = 2048, 256, 56, 96
 MUCH_PREFILL, LITTLE_PREFILL = 8192, 1024
 
