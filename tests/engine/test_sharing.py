@@ -323,10 +323,11 @@ def test_the_oldest_pages_are_evicted_first(
         ([100], 0, 100),  # alone: as many as --batch-tokens allow
         ([70, 70], 0, 48),  # SHARED_TOKENS
         ([3], 30, 31),  # too few for small steps
-        ([3, 4], 30, 16),  # the multiple of SMALL_STEP that leaves room for prompts
+        ([3, 4], 30, 12),  # SMALL_STEP
         ([3, 4], 60, 48),  # MUCH_PREFILL or more are left
-        ([3, 4, 5], 19, 16),  # many requests
+        ([3, 4, 5], 19, 12),  # many requests
         ([3, 4, 5], 30, 33),  # and LITTLE_PREFILL or more are left
+        ([2] * 7, 19, 24),  # the multiple of SMALL_STEP that leaves room for prompts
     ],
 )
 def test_steps_of_several_requests_are_small(
@@ -338,7 +339,7 @@ def test_steps_of_several_requests_are_small(
 ) -> None:
     """No request then waits long for another. `later` is the length of a prompt that comes
     when all of the first ones decode."""
-    values = {"SHARED_TOKENS": 48, "SMALL_STEP": 16, "SOME_REQUESTS": 3}
+    values = {"SHARED_TOKENS": 48, "SMALL_STEP": 12, "SOME_REQUESTS": 3}
     values |= {"MANY_REQUESTS": 3, "MUCH_PREFILL": 40, "LITTLE_PREFILL": 20}
     for constant, value in values.items():
         monkeypatch.setattr(api, constant, value)

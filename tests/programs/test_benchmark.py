@@ -495,7 +495,7 @@ def test_arrivals_come_at_random_whether_or_not_others_are_answered(
 
 
 def test_a_connection_that_the_server_has_closed_is_not_used_again() -> None:
-    """As a server does with those that are idle, which arrivals leave now and then."""
+    """Servers close idle connections, and arrivals leave some idle now and then."""
     asked: list[benchmark.Connection] = []
 
     async def answer(
