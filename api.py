@@ -997,7 +997,7 @@ class Cache(batching.PagedAttentionCache):
 # SMALL_STEP / 2 tokens of prompts, if SOME_REQUESTS or more run or wait and fewer than
 # MUCH_PREFILL tokens of prompts are left. More than MANY_REQUESTS send prompts faster than
 # small steps compute them; for them LITTLE_PREFILL is the limit. From a simulation; with
-# 64 clients measured on an H100.
+# 64 clients measured on an H100. With weights that a step unpacks, small steps cost more.
 SHARED_TOKENS, SMALL_STEP, SOME_REQUESTS, MANY_REQUESTS = 2048, 256, 56, 96
 MUCH_PREFILL, LITTLE_PREFILL = 8192, 1024
 
@@ -1033,7 +1033,8 @@ class Scheduler(batching.FIFOScheduler):
         the library looks there later."""
         prefill_tokens = sum(len(each.remaining_prefill_tokens) for each in requests)
         limit = LITTLE_PREFILL if len(requests) > MANY_REQUESTS else MUCH_PREFILL
-        if len(requests) < SOME_REQUESTS or prefill_tokens >= limit:
+        is_packed = model_download.is_packed(self.cache.config)
+        if len(requests) < SOME_REQUESTS or prefill_tokens >= limit or is_packed:
             return SHARED_TOKENS
         decoding = sum(each.status == RequestStatus.DECODING for each in requests)
         return math.ceil((decoding + SMALL_STEP // 2) / SMALL_STEP) * SMALL_STEP
@@ -1748,8 +1749,8 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        # By shape: how long the host had nothing to do while the GPU computed the step.
-        self.idle_seconds: defaultdict[StepShape, float] = defaultdict(float)
+        # By shape, in seconds: how long the host was idle while the GPU computed it.
+        self.idle_times: defaultdict[StepShape, float] = defaultdict(float)
 
     def update_batch(self) -> None:
         """Wait for the last step, update its requests, and sleep."""
@@ -1762,10 +1763,9 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
             idle += time.perf_counter() - started
         shape = last.device_io.shape
         # A stall of the host looks the same. It must not make a later step wait as long.
-        most = 2 * self.idle_seconds[shape] + HOST_SECONDS
-        self.idle_seconds[shape] = min(idle, most)
+        self.idle_times[shape] = min(idle, 2 * self.idle_times[shape] + HOST_SECONDS)
         super().update_batch()
-        idle = self.idle_seconds[this.device_io.shape]
+        idle = self.idle_times[this.device_io.shape]
         self.waited = max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
         if self.waited:  # a sleep of 0 would give Python's lock away
             time.sleep(self.waited)

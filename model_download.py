@@ -628,12 +628,19 @@ def rounding(kind: str, linear: type) -> Any:
             return Round()
 
     class Config(QuantizationConfigMixin):
-        def __init__(self, quant_method: str = "phi4") -> None:
-            self.quant_method = quant_method
+        def __init__(self, quant_method: str = "phi4", kind: str = kind) -> None:
+            self.quant_method, self.kind = quant_method, kind
 
     auto.AUTO_QUANTIZER_MAPPING["phi4"] = Quantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["phi4"] = Config
     return Config()
+
+
+def is_packed(config: Any) -> bool:
+    """Whether a model has weights that a step of more than a few rows unpacks first: in
+    int8 or int4, by --quantize or by bitsandbytes."""
+    quantization = getattr(config, "quantization_config", None)
+    return quantization is not None and getattr(quantization, "kind", "") != "fp8"
 
 
 # A model that thinks writes its thinking between these marks, before the answer.

@@ -33,6 +33,8 @@ def test_served_with_fewer_bits(
         layers = {k: v for k, v in named.items() if isinstance(v, nn.Linear)}
         assert layers and all(v.weight.dtype == stored for v in layers.values())
         assert model.lm_head.weight.dtype == torch.bfloat16
+        # Small steps cost more: each would unpack the weights.
+        assert served.token_budget == api.SHARED_TOKENS
         answers = [served.answer(f"{n}", max_new_tokens=8) for n in range(4)]
         plain = transformers.AutoModelForCausalLM.from_pretrained(
             tiny_folder, dtype="bfloat16"
@@ -48,6 +50,7 @@ def test_served_with_fewer_bits(
             shutil.copy(path, folder)
     with running(model=folder, dtype="bfloat16") as served:
         assert [served.answer(f"{n}", max_new_tokens=8) for n in range(4)] == answers
+        assert served.token_budget == api.SMALL_STEP
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -187,6 +190,7 @@ def test_served_in_float8(tiny_folder: Path, tmp_path: Path) -> None:
     with running(model=tiny_folder, quantize="fp8", dtype="bfloat16") as served:
         layers = float8_layers(served.model)
         assert layers and all(each.weight.dtype == E4M3 for each in layers)
+        assert served.token_budget == api.SMALL_STEP
         weights = load_file(tiny_folder / "model.safetensors")
         for name, layer in served.model.named_modules():
             if layer in layers:
@@ -206,6 +210,7 @@ def test_served_in_float8(tiny_folder: Path, tmp_path: Path) -> None:
             for layer in float8_layers(served.model):
                 assert layer.weight.dtype == E4M3
                 assert layer.weight_scale.dtype == torch.float32  # the kernels read it
+            assert served.token_budget == api.SMALL_STEP
             answers = [served.answer(f"{n}", max_new_tokens=8) for n in range(4)]
             assert all(answers) and (answers == expected or folder != folders[0])
 

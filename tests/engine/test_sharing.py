@@ -488,7 +488,7 @@ def test_a_busy_host_prepares_the_next_step_at_once(
     running = ios.io_pairs[1 - ios.current_pair].device_io
     running.shape = api.StepShape(1, False, 7)  # no step had it
     for idle in (0.003, 0.007, 0.02, 9):
-        processor.idle_seconds[running.shape] = idle
+        processor.idle_times[running.shape] = idle
         processor.update_batch()
         waits.append(processor.waited)
     assert waits == pytest.approx([0, 0.002, 0.01, 0.2])
@@ -496,6 +496,6 @@ def test_a_busy_host_prepares_the_next_step_at_once(
     played_gpu.setattr(LockedEvent, "query", lambda _: False)
     ended = ios.io_pairs[ios.current_pair].device_io
     ended.shape = api.StepShape(2, False, 7)
-    processor.waited, processor.idle_seconds[ended.shape] = 0.0, 0.001
+    processor.waited, processor.idle_times[ended.shape] = 0.0, 0.001
     processor.update_batch()
-    assert processor.idle_seconds[ended.shape] < 0.01
+    assert processor.idle_times[ended.shape] < 0.01

@@ -441,6 +441,7 @@ def test_a_folder_that_is_quantized_already_is_served(request, name, stored):
     with running(model=request.getfixturevalue(name), dtype="auto") as served:
         layer = served.model.model.layers[0].mlp.down_proj.weight
         assert layer.dtype == stored
+        assert served.token_budget == api.SHARED_TOKENS
         first = served.answer("x", max_new_tokens=8)
         assert served.answer("x", max_new_tokens=8) == first
 

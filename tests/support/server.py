@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import overlap
@@ -169,6 +170,12 @@ class Running:
     @property
     def generation_config(self) -> Any:
         return self.manager.generation_config
+
+    @property
+    def token_budget(self) -> int:
+        """Of a step with 60 requests, whose prompts have a token each."""
+        one = SimpleNamespace(status=None, remaining_prefill_tokens=[1])
+        return self.manager.batch_processor.scheduler.shared_budget([one] * 60)
 
     @cached_property
     def gate(self) -> Gate:
