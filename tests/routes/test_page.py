@@ -526,6 +526,7 @@ def test_an_answer_that_breaks_off_stays_and_is_not_in_the_history(
 
 def test_a_server_that_is_gone_and_comes_back(chat: Chat, say: Say) -> None:
     say(b"yes")
+    chat.page.wait_for_load_state("networkidle")  # it has learnt how the server is
     expect(chat.notice).to_be_empty()
     chat.context.set_offline(True)
     chat.ask()
