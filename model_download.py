@@ -637,8 +637,8 @@ def rounding(kind: str, linear: type) -> Any:
 
 
 def is_packed(config: Any) -> bool:
-    """Whether a model has weights that a step of more than a few rows unpacks first: in
-    int8 or int4, by --quantize or by bitsandbytes."""
+    """Whether a model has weights that a step of more than a few rows unpacks first: all
+    quantized ones but those that --quantize fp8 makes, or a folder of the same form has."""
     quantization = getattr(config, "quantization_config", None)
     return quantization is not None and getattr(quantization, "kind", "") != "fp8"
 
