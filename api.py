@@ -41,13 +41,11 @@ the machine before anything is loaded.
 """
 
 import asyncio
-import copy
 import gc
 import hashlib
 import logging
 import math
 import os
-import re
 import signal
 import threading
 import time
@@ -58,7 +56,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -77,7 +74,6 @@ from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse
 from fastapi_offline import FastAPIOffline
 from pydantic_core import to_json
-from tokenizers import Encoding
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import ScalingType, pad, scaled_mm
@@ -156,33 +152,6 @@ MAX_CHARS_PER_TOKEN = 16
 MAX_EVENTS_PER_SECOND = 5000
 ENGINE_FAILED = "the engine failed and is restarting"
 MAX_FAILURES = 3  # of the engine, in a row, without an answer between them
-# What a long text is cut into: pieces of more than 4,096 characters, and the rest. A cut
-# is between an English or Chinese letter and a space, "，" or "。" that another such letter
-# follows. A word ends there, so no token spans the cut. A text without such places stays
-# whole.
-PIECE = re.compile(r".{4096,}?[A-Za-z一-龥](?=[ ，。][A-Za-z一-龥])|.+", re.DOTALL)
-
-
-def encode_in_pieces(tokenizer: Any) -> None:
-    """Make a tokenizer encode the pieces of a text side by side, and without offsets, which
-    nobody reads: 8,000 tokens take 7 ms in place of 17 with two at once. It is for calls
-    as apply_chat_template makes them, without special tokens or truncation. Does nothing
-    where a cut could change the tokens."""
-    backend = tokenizer.backend_tokenizer
-    if not model_download.can_be_cut(backend):
-        return
-
-    # One core less than there are, since other requests have texts, too.
-    at_once = max(1, model_download.cpus(torch.get_num_threads()) - 1)
-
-    def encode(text: str, **options: Any) -> Encoding:
-        pieces, encoded = PIECE.findall(text), []
-        for i in range(0, len(pieces), at_once):
-            encoded += backend.encode_batch_fast(pieces[i : i + at_once], **options)
-        return Encoding.merge(encoded)
-
-    # transformers calls this one for a list of texts.
-    backend.encode_batch = lambda texts, **more: [encode(one, **more) for one in texts]
 
 
 class Engine:
@@ -197,7 +166,7 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.created = settings, int(time.time())
         folder = model_download.DEMO_NAME if settings.demo else settings.model.resolve()
-        self.name = settings.served_model_name or Path(folder).name
+        self.name = settings.served_model_name or os.path.basename(folder)
         self.phase: Literal["loading", "serving", "draining"] = "loading"
         self.admitted: dict[str, Generation] = {}  # running or waiting, by id
         self.failures = 0
@@ -218,17 +187,13 @@ class Engine:
         settings.resolve(model_download.gpu_gib(device))
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, device, settings.dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        # A tokenizer is not thread-safe: one for the event loop, and one for each thread.
+        tokenizer, *others = model_download.load_tokenizers(folder, len(LONG_CHARS) + 2)
         self.loop_tokenizer = tokenizer
-        # A tokenizer is not thread-safe.
-        copies = [copy.deepcopy(tokenizer) for _ in range(len(LONG_CHARS) + 1)]
-        for each in (tokenizer, *copies):
-            encode_in_pieces(each)
-        self.tokenizers = [(ThreadPoolExecutor(1), each) for each in copies]
+        self.tokenizers = [(ThreadPoolExecutor(1), each) for each in others]
         # Of every thread from here on: a long chain of $refs recurses deeply. It is
         # virtual memory, and costs nothing where it is not used.
         threading.stack_size(1 << 28)
-        logging.getLogger("bitsandbytes").setLevel("ERROR")  # a line for each layer
         attention = install_patches(device)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -236,14 +201,14 @@ class Engine:
             dtype=settings.dtype,
             attn_implementation=attention,
             device_map=device if WORLD_SIZE == 1 else None,
-            distributed_config={"tp_plan": TP_PLAN},  # over torchrun's processes
+            # over torchrun's processes
+            distributed_config={"tp_plan": model_download.TP_PLAN},
             **model_download.quantization(settings, Linear),
         )
         model_download.check_loaded(folder, model, info)
         ends = model_download.end_token_ids(model, tokenizer)
         self.token_bytes = model_download.bytes_of_tokens(model, tokenizer, ends)
-        ll_tokenizer = py_api.grammar_tokenizer(model, tokenizer, ends)
-        self.grammars = py_api.GrammarCompiler(ll_tokenizer)
+        self.grammars = py_api.GrammarCompiler(model, tokenizer, ends)
         self.defaults = model_download.read_defaults(model, tokenizer, settings)
         manager = create_manager(model, ends, settings)
         gc.disable()  # nothing else may touch the GPU while a graph is captured
@@ -378,7 +343,7 @@ class Engine:
 
     def apply_template(self, tokenizer: Any, turns: list[Turn]) -> list[int]:
         """Token ids of the chat template. Control tokens inside a message stay text. A long
-        text is encoded by `encode_in_pieces`."""
+        text is encoded by `model_download.encode_in_pieces`."""
         messages = [turn.model_dump() for turn in turns]
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True}
         return tokenizer.apply_chat_template(messages, **options)["input_ids"]
@@ -582,13 +547,10 @@ async def check_health(request: Request, response: Response) -> py_api.Health:
 async def read_metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
-    running = min(len(engine.admitted), engine.settings.max_in_flight)
-    waiting = len(engine.admitted) - running
-    text = py_api.show_metrics(running, waiting, cache_usage(engine.manager))
+    places = engine.settings.max_in_flight
+    usage = cache_usage(engine.manager)
+    text = py_api.show_metrics(len(engine.admitted), places, usage)
     return Response(text, media_type=py_api.METRICS)
-
-
-DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
 def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastAPI:
@@ -597,13 +559,9 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
     logger.setLevel(settings.log_level.upper())
     engine = Engine(settings)
     app = FastAPIOffline(
-        title="phi-4 chat server",
-        version="1.0.0",
-        description=DEMO_NOTE if settings.demo else f"Serving {engine.name}.",
+        description=model_download.description(settings, engine.name),
         lifespan=engine.lifespan,
-        redoc_url=None,
-        redirect_slashes=False,  # it would lead to whatever Host says
-        exception_handlers=py_api.ERROR_HANDLERS,
+        **py_api.APP_OPTIONS,
     )
     app.state.engine = engine
     app.include_router(secured)
@@ -964,13 +922,6 @@ class Cache(batching.PagedAttentionCache):
         self.mark_complete_blocks(state, {name: count - later})
         return {name: later}
 
-    def fill_block_table(self, name: str, past: int, new: int, table: Tensor) -> None:
-        """Fill the table by NumPy, in a third of the library's time, and as the cache of
-        `FlashRunner.warmup` is laid out."""
-        (allocator,) = self.cache_allocators.values()
-        blocks = allocator.block_table[name]
-        table[0].numpy()[: len(blocks)] = blocks
-
     def free_blocks(self, name: str, no_cache: bool = False) -> None:
         """Free the last page first, so that it is evicted first: a page is only found
         through those before it."""
@@ -1181,21 +1132,16 @@ class Runner(batching.model_runner.ModelRunner):
         return tensor.to(device, non_blocking=True)
 
 
-def sample(
-    logits: Tensor,
-    noise: Tensor,
-    temperature: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-    min_p: Tensor,
-) -> Tensor:
+def sample(logits: Tensor, noise: Tensor, *options: Tensor) -> Tensor:
     """Draw a token for each row by the Gumbel-max trick: the largest of log-probability
     minus log of exponential noise is a draw from the softmax. Temperature 0 takes the
     likeliest.
 
-    Logits and noise are (rows, vocabulary), the others (rows, 1). Returns (rows,).
-    top_p and min_p look at the 1,024 likeliest tokens.
+    Logits and noise are (rows, vocabulary). The options are temperature, top_p, top_k and
+    min_p, each (rows, 1). Returns (rows,). top_p and min_p look at the 1,024 likeliest
+    tokens.
     """
+    temperature, top_p, top_k, min_p = options
     logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
     top = logprobs.topk(min(1024, logits.shape[-1])).values  # no full sort
     mass_before = top.exp().cumsum(-1) - top.exp()
@@ -1608,25 +1554,52 @@ class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     """Buffers of a step. They come in pairs: what is prepared on the host is copied to
     the device, where the library rounds the lengths up."""
 
-    shape: StepShape  # on the device: set by FlashRunner from the host's lengths
-
-    def choose_shape(self) -> StepShape:
-        """For few shapes of the steps that are CUDA graphs."""
-        (total_seqlen_k,) = self.total_seqlen_k.values()
-        cached = total_seqlen_k > self.total_seqlen_q
-        graph = self.num_q_tokens <= MAX_GRAPH_TOKENS
-        num_new_prompts = 0 if cached or graph else self.num_request_in_batch
-        return StepShape(self.num_q_tokens, self.max_length_q == 1, num_new_prompts)
+    shape: StepShape  # of the step; FlashRunner sets the device's
 
     def _get_graph_key(self) -> tuple[int, ...]:
         return self.shape
 
-    def prepare_batch_tensors(
-        self, requests: list[Any], processors: Any, use_block_table: bool, *sizes: int
-    ) -> None:
-        """With the block table, which the library leaves out where a row has several
-        new tokens."""
-        super().prepare_batch_tensors(requests, processors, True, *sizes)
+    def prepare_batch_tensors(self, requests: list[Any], *options: Any) -> None:
+        """Fill the host's buffers as the library does, but by NumPy: each operation of
+        torch gives Python's lock away, and an event loop that has much to send keeps it
+        for 5 ms. And always with the block table, which the library leaves out where a row
+        has several new tokens."""
+        _, _, num_tokens, _, use_padding = options
+        self.use_block_table, self.num_q_tokens = True, num_tokens
+        self.requests_in_batch, self.num_request_in_batch = [*requests], len(requests)
+        # Tokens of padding must be in the vocabulary, which those of earlier steps are not.
+        self._bulk_input_tensor.numpy()[: self.static_inputs, : num_tokens + 1] = 0
+        (allocator,) = self.cache.cache_allocators.values()
+        tokens, positions, ends_q, ends_k = [], [], [0], [0]
+        # The places of the tokens behind which the step chooses one, by request.
+        chosen = self.req_id_to_new_token_position = {}
+        for each, row in zip(requests, self.block_table[0].numpy(), strict=False):
+            state, past = each.state, each.state.position_offset
+            state.position_offset += each.query_length
+            tokens += state.tokens_to_process
+            positions += range(past, state.position_offset)
+            ends_q.append(len(tokens))
+            ends_k.append(ends_k[-1] + state.position_offset)
+            blocks = allocator.block_table[state.request_id]
+            row[: len(blocks)] = blocks
+            if each.has_new_token:
+                chosen[state.request_id] = len(tokens) - 1
+                state.tokens_to_process = [batching.requests.TMP_TOKEN_ID]
+        (kind,) = self.total_seqlen_k
+        self.total_seqlen_q, self.total_seqlen_k[kind] = len(tokens), ends_k[-1]
+        # Few shapes, since steps of equal shape share a CUDA graph.
+        is_large_and_new = num_tokens > MAX_GRAPH_TOKENS and ends_k[-1] == len(tokens)
+        num_new_prompts = len(requests) if is_large_and_new else 0
+        is_decoding = len(tokens) == len(requests)
+        self.shape = StepShape(num_tokens, is_decoding, num_new_prompts)
+        padding = self._get_num_sequences(use_padding) - len(requests)
+        ends_q += ends_q[-1:] * padding
+        ends_k += ends_k[-1:] * padding
+        cu_seqlens = self.cumulative_seqlens_q, self.cumulative_seqlens_k[kind]
+        tensors = self.input_ids, self.position_ids, self.logits_indices, *cu_seqlens
+        lists = tokens, positions, [*chosen.values()], ends_q, ends_k
+        for tensor, numbers in zip(tensors, lists, strict=True):
+            tensor.numpy()[: len(numbers)] = numbers
 
 
 class AsyncIOs(batching.input_outputs.ContinuousBatchingAsyncIOs):
@@ -1661,8 +1634,7 @@ class FlashRunner(Runner):
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable, bool]:
         """What runs the step, and whether that is a CUDA graph."""
-        shape = self.pair.host_io.choose_shape()
-        self.pair.device_io.shape = shape
+        shape = self.pair.device_io.shape = self.pair.host_io.shape
         small = shape.num_tokens <= MAX_GRAPH_TOKENS
         return self._forward_process_and_sample, small and self.use_cuda_graph_varlen
 
@@ -1736,14 +1708,19 @@ class FlashRunner(Runner):
 # What a busy host may take longer for a step than for the one before: a thread that wants
 # Python's lock gets it after 5 ms.
 HOST_SECONDS = 0.005
+OUTPUT_SECONDS = 60e-6  # that the event loop needs for an output, in the mean
 
 
 class Processor(batching.continuous_api.ContinuousBatchProcessor):
-    """Sleeps before it prepares a step, for half of the time in which the host has nothing
+    """Chooses when a step is prepared, and when outputs are delivered.
+
+    It sleeps before it prepares a step, for half of the time in which the host has nothing
     to do while the GPU computes the one before: less where that would leave the host under
     HOST_SECONDS, and 0.2 s at most, for a stop must not wait long. A request that arrives
     meanwhile gets into the step. The library would prepare it at once, and the request
-    would wait for one more."""
+    would wait for one more. The event loop has that time to send the outputs of the last
+    step. Where it is too short for that, they are delivered when the next step is launched,
+    and it is prepared without a sleep: otherwise the GPU would wait for both."""
 
     waited = 0.0  # seconds that it slept before it prepared the newest step
 
@@ -1751,9 +1728,30 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
         super().__init__(*args, **more)
         # By shape, in seconds: how long the host was idle while the GPU computed it.
         self.idle_times: defaultdict[StepShape, float] = defaultdict(float)
+        self.held: list[Any] = []  # outputs that are not delivered yet
+        self.router, fail = self.output_router, self.output_router.fail_and_deliver
+        hold = self.held.extend
+        self.output_router = SimpleNamespace(deliver_batch=hold, fail_and_deliver=fail)
+
+    def deliver(self) -> None:
+        """Deliver the outputs that are held."""
+        if self.held:
+            self.router.deliver_batch(self.held.copy())
+            self.held.clear()
+
+    def prepare_next_batch(self) -> bool:
+        """Whether there is a step to launch."""
+        is_ready = super().prepare_next_batch()
+        if not is_ready:
+            self.deliver()
+        return is_ready
+
+    def _generation_step(self, model: nn.Module) -> None:
+        super()._generation_step(model)
+        self.deliver()
 
     def update_batch(self) -> None:
-        """Wait for the last step, update its requests, and sleep."""
+        """Wait for the last step, update its requests, and deliver and sleep, or not."""
         ios, idle = self.inputs_and_outputs, self.waited
         # `last` has ended or will soon; the GPU computes `this` now or next.
         last, this = ios.io_pairs[ios.current_pair], ios.io_pairs[1 - ios.current_pair]
@@ -1767,7 +1765,10 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
         super().update_batch()
         idle = self.idle_times[this.device_io.shape]
         self.waited = max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
-        if self.waited:  # a sleep of 0 would give Python's lock away
+        if self.waited < len(self.held) * OUTPUT_SECONDS:
+            self.waited = 0.0
+        else:
+            self.deliver()
             time.sleep(self.waited)
 
 
@@ -1803,13 +1804,6 @@ def install_patches(device: torch.device) -> str:
     batching.continuous_api.ContinuousBatchingAsyncIOs = AsyncIOs
     batching.input_outputs.ContinuousBatchingIOs = FlashIOs
     return FLASH
-
-
-# How the layers are split over several GPUs: as the library does, attention is computed
-# on each in full, with the whole cache. Its own plan would also gather the widest
-# activations.
-MLP = "model.layers.*.mlp."
-TP_PLAN = {f"{MLP}gate_up_proj": "packed_colwise", f"{MLP}down_proj": "rowwise"}
 
 
 # ------------------------------------------------------------------------------
@@ -1872,12 +1866,7 @@ def main() -> int:
         logger.error("%s", error)
         return EXIT_WRONG_START
     app = create_app(settings)  # which sets the level of the log
-    if settings.demo:
-        logger.warning(DEMO_NOTE)
-    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("no API key: anyone who reaches port %d may ask", settings.port)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    logger.info("listening on http://%s:%d", host, settings.port)
+    model_download.announce(settings)
     config = uvicorn.Config(app, root_path=settings.root_path, **py_api.UVICORN_OPTIONS)
     Server(config).run([listener])
     return 0

@@ -507,7 +507,9 @@ def shown_turns(turns: list[Turn], defaults: Defaults) -> list[Turn]:
 def length_of_begun(text: str, watched: list[str | None]) -> int:
     """Characters at the end of the text with which one of these may begin."""
     expected = [each for each in watched if each]
-    longest = max(map(len, expected), default=0)
+    if not expected:  # as nearly always
+        return 0
+    longest = max(map(len, expected))
     for length in range(min(len(text), longest - 1), 0, -1):
         if any(each.startswith(text[-length:]) for each in expected):
             return length
@@ -1128,8 +1130,8 @@ COMPILERS, COMPILE_SECONDS = 2, 15
 class GrammarCompiler:
     """Compiles what holds answers to their grammars, in threads."""
 
-    def __init__(self, ll_tokenizer: Any) -> None:
-        self.ll_tokenizer = ll_tokenizer
+    def __init__(self, model: Any, tokenizer: Any, ends: list[int]) -> None:
+        self.ll_tokenizer = grammar_tokenizer(model, tokenizer, ends)
         self.turns = asyncio.Semaphore(COMPILERS)
         self.pool = ThreadPoolExecutor(COMPILERS)
 
@@ -1366,6 +1368,14 @@ OPENAI |= {"tags": ["OpenAI API"]}
 FIGURES = {"response_class": Response, "responses": TEXT | ERRORS, "tags": ["Server"]}
 
 
+def show_chunk(
+    fields: dict[str, Any], delta: dict[str, Any], reason: FinishReason | None = None
+) -> bytes:
+    """The server-sent event of one choice; `fields` are the same in all of an answer."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    return sse(to_json(fields | {"choices": [choice]}))
+
+
 class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     """The body of `POST /v1/chat/completions`. Fields that are not listed are ignored."""
 
@@ -1503,13 +1513,7 @@ class OpenAIRequest(Refusals, extra="ignore", json_schema_extra=OPENAI_EXAMPLE):
     def to_events(self, answer: Answer, sent: int) -> Iterator[bytes]:
         """The next server-sent events; `sent` characters are out already."""
         fields = answer.openai_fields | {"object": "chat.completion.chunk"}
-
-        def chunk(delta: dict[str, Any], reason: FinishReason | None = None) -> bytes:
-            choice = {"index": 0, "delta": delta, "logprobs": None}
-            return sse(
-                to_json(fields | {"choices": [choice | {"finish_reason": reason}]})
-            )
-
+        chunk = partial(show_chunk, fields)
         thought, before, known = self.parts(answer, sent)
         thinking, text, calls = self.parts(answer)
         if not sent:
@@ -1582,9 +1586,10 @@ def observe(answer: Answer, ttft: float, decode: float) -> None:
         TPOT.observe(decode / later)
 
 
-def show_metrics(running: int, waiting: int, cache_usage: float) -> bytes:
-    RUNNING.set(running)
-    WAITING.set(waiting)
+def show_metrics(admitted: int, max_running: int, cache_usage: float) -> bytes:
+    """In Prometheus's format. `admitted` is how many requests run or wait."""
+    RUNNING.set(min(admitted, max_running))
+    WAITING.set(max(admitted - max_running, 0))
     CACHE.set(cache_usage)
     return exposition.generate_latest()
 
@@ -1719,6 +1724,13 @@ class Protocol(H11Protocol):
                 self.transport.abort()
 
 
+APP_OPTIONS: dict[str, Any] = {
+    "title": "phi-4 chat server",
+    "version": "1.0.0",
+    "redoc_url": None,
+    "redirect_slashes": False,  # it would lead to whatever Host says
+    "exception_handlers": ERROR_HANDLERS,
+}
 CORS_OPTIONS = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
 # No WebSocket: uvicorn would leave a POST that asks for one without an answer.
 UVICORN_OPTIONS: dict[str, Any] = {

@@ -90,6 +90,10 @@ SIGNATURES: list[tuple[Callable, str]] = [
     (input_outputs.ContinuousBatchingAsyncIOs.swap_io_pairs, "self"),
     (input_outputs.ContinuousBatchingAsyncIOs.infer_carry_over_ids, "self"),
     (continuous_api.ContinuousBatchProcessor.update_batch, "self"),
+    (continuous_api.ContinuousBatchProcessor.prepare_next_batch, "self"),
+    (continuous_api.ContinuousBatchProcessor._generation_step, "self model"),
+    (continuous_api.OutputRouter.fail_and_deliver, "self state error"),
+    (input_outputs.ContinuousBatchingIOs._get_num_sequences, "self use_padding"),
     (continuous_api.OutputRouter.deliver, "self output"),
     (continuous_api.OutputRouter.deliver_batch, "self outputs"),
     (continuous_api.BackgroundThreadStatus.can_accept_new_requests, "self"),
@@ -101,10 +105,6 @@ SIGNATURES: list[tuple[Callable, str]] = [
     (PagedAttentionCache.count_new_complete_blocks, "self state request_len"),
     (PagedAttentionCache.mark_complete_blocks, "self state complete_blocks"),
     (PagedAttentionCache.evict_cached_blocks, "self"),
-    (
-        PagedAttentionCache.fill_block_table,
-        "self request_id past_length query_length block_table",
-    ),
     (utils.stream_context, "stream"),
     (
         flash.lazy_import_flash_attention,
@@ -171,6 +171,7 @@ ATTRIBUTES = [
     "batch_processor.model_runner.cb_config.max_requests_per_batch",
     "batch_processor.model_runner.inputs_and_outputs.compute_stream",
     "batch_processor.model_runner.inputs_and_outputs.current_pair",
+    "batch_processor.model_runner.inputs_and_outputs.io_pairs",
     "batch_processor.model_runner.inputs_and_outputs.output_ids",
     "batch_processor.model_runner.use_cuda_graph_varlen",
     "batch_processor.scheduler.active_requests",
@@ -261,6 +262,7 @@ def test_attributes_of_a_manager(played_gpu: pytest.MonkeyPatch) -> None:
         for pair in pairs:
             # By this name it is looked up where api.py replaces it.
             assert type(pair.host_io) is type(pair.device_io) is api.FlashIOs
+            assert len(pair.host_io._bulk_input_tensor) == pair.host_io.static_inputs
         (allocator,) = manager.batch_processor.cache.cache_allocators.values()
         assert allocator.bytes_per_block and not allocator.ledger.cached_blocks
         assert allocator.tokens_per_page == 16 and allocator.block_table == {}

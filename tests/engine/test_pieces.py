@@ -11,7 +11,6 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-import api
 import model_download
 
 PARTS = [*"abzA日本語，。！ 12٣½²_'\n\r\t-.…é́💡שلЯＡ  \u00a0\u200b", " don't", "'s"]
@@ -24,10 +23,12 @@ def random_text(rng: random.Random) -> str:
 
 
 class Pieces:
-    """`api.PIECE` for texts that are a 500th as long; counts the cuts."""
+    """`model_download.PIECE` for texts that are a 500th as long; counts the cuts."""
 
     def __init__(self) -> None:
-        self.pattern = re.compile(api.PIECE.pattern.replace("4096", "8"), re.DOTALL)
+        self.pattern = re.compile(
+            model_download.PIECE.pattern.replace("4096", "8"), re.DOTALL
+        )
         self.cuts = 0
 
     def findall(self, text: str) -> list[str]:
@@ -39,7 +40,7 @@ class Pieces:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
     replaced = Pieces()
-    monkeypatch.setattr(api, "PIECE", replaced)
+    monkeypatch.setattr(model_download, "PIECE", replaced)
     return replaced
 
 
@@ -57,7 +58,7 @@ def test_the_tokens_are_those_of_the_whole_text(
     folder = request.getfixturevalue(name)
     monkeypatch.setattr(model_download, "cpus", lambda most: 4)  # 3 pieces at once
     whole, cut = load(folder), load(folder)
-    api.encode_in_pieces(cut)
+    model_download.encode_in_pieces(cut)
     rng = random.Random(20)
     texts = [random_text(rng) for _ in range(2000)]
     found, expected = (
@@ -131,7 +132,7 @@ def test_a_tokenizer_whose_tokens_a_cut_could_change_is_left_alone(
     whole, cut = load(tiny_folder), load(tiny_folder)
     for tokenizer in (whole, cut):
         change(tokenizer.backend_tokenizer, what)
-    api.encode_in_pieces(cut)
+    model_download.encode_in_pieces(cut)
     text = "hello hello hello helloz a hello，hello hello，你 hello，hello hello"
     assert cut(text)["input_ids"] == whole(text)["input_ids"]
     assert not pieces.cuts
@@ -145,7 +146,7 @@ def test_cuts_are_between_letters_that_were_asked_about(
     for tokenizer in (whole, cut):
         words = Sequence([LISTED_LETTERS, AS_BYTES])
         tokenizer.backend_tokenizer.pre_tokenizer = words
-    api.encode_in_pieces(cut)
+    model_download.encode_in_pieces(cut)
     for text in ("שלום עולם זה שלום עולם", "привет мир привет мир"):
         words = cut.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
         assert len(words) == 1  # or this shows nothing

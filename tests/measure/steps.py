@@ -56,7 +56,6 @@ def log_steps(target: Path) -> None:
             events[1].record(ios.compute_stream)
             entry["padded"] = host.num_q_tokens
             entry["keys"] = int(max(host.total_seqlen_k.values()))
-            entry["longest_row"] = int(max(host.max_length_k.values()))
         entry["launch"] = time.perf_counter() - launched
         steps.append(entry)
 
