@@ -35,9 +35,9 @@ never waits for it.
 The file has the engine first, then the routes that call it and the chat page, which is a
 client of POST /. A section on the insides of transformers and torch follows, which a
 first reading may skip. The entry points come last. py_api.py has a small client, the
-formats of requests and responses, limits against clients that misbehave, and the
-middleware of every request. model_download.py has the settings, and checks the folder and
-the machine before anything is loaded.
+formats of requests and responses, limits against clients that misbehave, the middleware
+of every request, and how the server shuts down. model_download.py has the tokenizers and
+the settings, and checks the folder and the machine before anything is loaded.
 """
 
 import asyncio
@@ -67,7 +67,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import transformers
-import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
@@ -188,9 +187,9 @@ class Engine:
         folder = model_download.demo_model() if settings.demo else settings.model
         logger.info("loading %s on %s as %s", folder, device, settings.dtype)
         # A tokenizer is not thread-safe: one for the event loop, and one for each thread.
-        tokenizer, *others = model_download.load_tokenizers(folder, len(LONG_CHARS) + 2)
+        tokenizer, *copies = model_download.load_tokenizers(folder, len(LONG_CHARS) + 2)
         self.loop_tokenizer = tokenizer
-        self.tokenizers = [(ThreadPoolExecutor(1), each) for each in others]
+        self.tokenizers = [(ThreadPoolExecutor(1), each) for each in copies]
         # Of every thread from here on: a long chain of $refs recurses deeply. It is
         # virtual memory, and costs nothing where it is not used.
         threading.stack_size(1 << 28)
@@ -547,9 +546,8 @@ async def check_health(request: Request, response: Response) -> py_api.Health:
 async def read_metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     engine: Engine = request.app.state.engine
-    places = engine.settings.max_in_flight
     usage = cache_usage(engine.manager)
-    text = py_api.show_metrics(len(engine.admitted), places, usage)
+    text = py_api.show_metrics(len(engine.admitted), engine.settings, usage)
     return Response(text, media_type=py_api.METRICS)
 
 
@@ -559,7 +557,7 @@ def create_app(settings: Settings | None = None, sends_id: bool = True) -> FastA
     logger.setLevel(settings.log_level.upper())
     engine = Engine(settings)
     app = FastAPIOffline(
-        description=model_download.description(settings, engine.name),
+        description=model_download.describe(settings, engine.name),
         lifespan=engine.lifespan,
         **py_api.APP_OPTIONS,
     )
@@ -831,7 +829,7 @@ def create_manager(model: Any, ends: list[int], settings: Settings) -> Any:
 
 
 def start_thread(manager: Any, deliver: Callable[[list[Any]], Any]) -> None:
-    """Start the generation thread; it calls `deliver` with the outputs of each step.
+    """Start the generation thread; it calls `deliver` with the outputs of its steps.
     The library's own handlers, one for each request, would leak where one is cancelled:
     it has no last output."""
     # A step that failed may have left pages that are shared and were never computed.
@@ -1023,6 +1021,7 @@ class Runner(batching.model_runner.ModelRunner):
     looks back at them, the host waits while the GPU computes the next logits."""
 
     logits: Tensor | None = None  # (max_running, vocabulary), of the step's rows
+    deliver: Callable[[], None] = staticmethod(lambda: None)  # on a GPU, Processor's
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         if self.logits is None:
@@ -1057,6 +1056,7 @@ class Runner(batching.model_runner.ModelRunner):
         looks_back = any(sampling_of(state).looks_back for state in chosen.values())
         if not looks_back or not hasattr(ios, "io_pairs"):
             return {}
+        self.deliver()  # or outputs would wait, too
         last = ios.io_pairs[1 - ios.current_pair]
         last.d2h_over.synchronize()
         requests, tokens, _ = last.host_io.prepare_batch_update()
@@ -1132,16 +1132,21 @@ class Runner(batching.model_runner.ModelRunner):
         return tensor.to(device, non_blocking=True)
 
 
-def sample(logits: Tensor, noise: Tensor, *options: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    noise: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+) -> Tensor:
     """Draw a token for each row by the Gumbel-max trick: the largest of log-probability
     minus log of exponential noise is a draw from the softmax. Temperature 0 takes the
     likeliest.
 
-    Logits and noise are (rows, vocabulary). The options are temperature, top_p, top_k and
-    min_p, each (rows, 1). Returns (rows,). top_p and min_p look at the 1,024 likeliest
-    tokens.
+    Logits and noise are (rows, vocabulary), the others (rows, 1). Returns (rows,).
+    top_p and min_p look at the 1,024 likeliest tokens.
     """
-    temperature, top_p, top_k, min_p = options
     logprobs = (logits / temperature.clamp(min=1e-6).float()).log_softmax(-1)
     top = logprobs.topk(min(1024, logits.shape[-1])).values  # no full sort
     mass_before = top.exp().cumsum(-1) - top.exp()
@@ -1552,53 +1557,58 @@ def compute_last_layer(layer: nn.Module, x: Tensor, **options: Any) -> Tensor:
 
 class FlashIOs(batching.input_outputs.ContinuousBatchingIOs):
     """Buffers of a step. They come in pairs: what is prepared on the host is copied to
-    the device, where the library rounds the lengths up."""
+    the device."""
 
-    shape: StepShape  # of the step; FlashRunner sets the device's
+    shape: StepShape  # of the step in the buffers; FlashRunner copies the host's
 
     def _get_graph_key(self) -> tuple[int, ...]:
         return self.shape
 
-    def prepare_batch_tensors(self, requests: list[Any], *options: Any) -> None:
-        """Fill the host's buffers as the library does, but by NumPy: each operation of
-        torch gives Python's lock away, and an event loop that has much to send keeps it
-        for 5 ms. And always with the block table, which the library leaves out where a row
-        has several new tokens."""
-        _, _, num_tokens, _, use_padding = options
+    def prepare_batch_tensors(
+        self, requests: list[Any], processors: Any, use_block_table: bool, *sizes: int
+    ) -> None:
+        """Fill the host's buffers. As the library does, but with NumPy: an operation of
+        torch releases the GIL, and a busy event loop may then keep it for 5 ms. The block
+        table is always filled; the library leaves it out where a row has several new
+        tokens. There are no logits processors, so they have no arguments."""
+        num_tokens, _, use_padding = sizes
         self.use_block_table, self.num_q_tokens = True, num_tokens
         self.requests_in_batch, self.num_request_in_batch = [*requests], len(requests)
-        # Tokens of padding must be in the vocabulary, which those of earlier steps are not.
+        # Padding must not keep what earlier steps left, such as token -1 (TMP_TOKEN_ID).
         self._bulk_input_tensor.numpy()[: self.static_inputs, : num_tokens + 1] = 0
         (allocator,) = self.cache.cache_allocators.values()
         tokens, positions, ends_q, ends_k = [], [], [0], [0]
-        # The places of the tokens behind which the step chooses one, by request.
-        chosen = self.req_id_to_new_token_position = {}
-        for each, row in zip(requests, self.block_table[0].numpy(), strict=False):
-            state, past = each.state, each.state.position_offset
+        # Where the last token of each request is that gets a new one, by request id.
+        places: dict[str, int] = {}
+        rows = self.block_table[0, : len(requests)].numpy()
+        for each, row in zip(requests, rows, strict=True):
+            state = each.state
+            past = state.position_offset
             state.position_offset += each.query_length
             tokens += state.tokens_to_process
             positions += range(past, state.position_offset)
             ends_q.append(len(tokens))
             ends_k.append(ends_k[-1] + state.position_offset)
+            # Plain numbers of blocks, as the cache of FlashRunner.warmup is laid out.
             blocks = allocator.block_table[state.request_id]
             row[: len(blocks)] = blocks
             if each.has_new_token:
-                chosen[state.request_id] = len(tokens) - 1
+                places[state.request_id] = len(tokens) - 1
                 state.tokens_to_process = [batching.requests.TMP_TOKEN_ID]
-        (kind,) = self.total_seqlen_k
-        self.total_seqlen_q, self.total_seqlen_k[kind] = len(tokens), ends_k[-1]
+        self.req_id_to_new_token_position = places
+        (layer_type,) = self.cumulative_seqlens_k
         # Few shapes, since steps of equal shape share a CUDA graph.
         is_large_and_new = num_tokens > MAX_GRAPH_TOKENS and ends_k[-1] == len(tokens)
-        num_new_prompts = len(requests) if is_large_and_new else 0
-        is_decoding = len(tokens) == len(requests)
-        self.shape = StepShape(num_tokens, is_decoding, num_new_prompts)
+        new_prompts = len(requests) if is_large_and_new else 0
+        self.shape = StepShape(num_tokens, len(tokens) == len(requests), new_prompts)
         padding = self._get_num_sequences(use_padding) - len(requests)
-        ends_q += ends_q[-1:] * padding
-        ends_k += ends_k[-1:] * padding
-        cu_seqlens = self.cumulative_seqlens_q, self.cumulative_seqlens_k[kind]
-        tensors = self.input_ids, self.position_ids, self.logits_indices, *cu_seqlens
-        lists = tokens, positions, [*chosen.values()], ends_q, ends_k
-        for tensor, numbers in zip(tensors, lists, strict=True):
+        for tensor, numbers in (
+            (self.input_ids, tokens),
+            (self.position_ids, positions),
+            (self.logits_indices, [*places.values()]),
+            (self.cumulative_seqlens_q, ends_q + [ends_q[-1]] * padding),
+            (self.cumulative_seqlens_k[layer_type], ends_k + [ends_k[-1]] * padding),
+        ):
             tensor.numpy()[: len(numbers)] = numbers
 
 
@@ -1634,7 +1644,8 @@ class FlashRunner(Runner):
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable, bool]:
         """What runs the step, and whether that is a CUDA graph."""
-        shape = self.pair.device_io.shape = self.pair.host_io.shape
+        shape = self.pair.host_io.shape
+        self.pair.device_io.shape = shape
         small = shape.num_tokens <= MAX_GRAPH_TOKENS
         return self._forward_process_and_sample, small and self.use_cuda_graph_varlen
 
@@ -1708,7 +1719,9 @@ class FlashRunner(Runner):
 # What a busy host may take longer for a step than for the one before: a thread that wants
 # Python's lock gets it after 5 ms.
 HOST_SECONDS = 0.005
-OUTPUT_SECONDS = 60e-6  # that the event loop needs for an output, in the mean
+# What the event loop needs for an output, on average: 80 us for an event, which several
+# tokens may share.
+OUTPUT_SECONDS = 60e-6
 
 
 class Processor(batching.continuous_api.ContinuousBatchProcessor):
@@ -1718,9 +1731,11 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
     to do while the GPU computes the one before: less where that would leave the host under
     HOST_SECONDS, and 0.2 s at most, for a stop must not wait long. A request that arrives
     meanwhile gets into the step. The library would prepare it at once, and the request
-    would wait for one more. The event loop has that time to send the outputs of the last
-    step. Where it is too short for that, they are delivered when the next step is launched,
-    and it is prepared without a sleep: otherwise the GPU would wait for both."""
+    would wait for one more.
+
+    While it sleeps, the event loop sends the outputs of the last step. If the sleep is too
+    short for that, it does not sleep: it launches the next step first, and delivers the
+    outputs then, so that the GPU does not wait for the event loop."""
 
     waited = 0.0  # seconds that it slept before it prepared the newest step
 
@@ -1729,29 +1744,31 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
         # By shape, in seconds: how long the host was idle while the GPU computed it.
         self.idle_times: defaultdict[StepShape, float] = defaultdict(float)
         self.held: list[Any] = []  # outputs that are not delivered yet
-        self.router, fail = self.output_router, self.output_router.fail_and_deliver
-        hold = self.held.extend
+        self.real_router = self.output_router
+        hold, fail = self.held.extend, self.real_router.fail_and_deliver
         self.output_router = SimpleNamespace(deliver_batch=hold, fail_and_deliver=fail)
+        self.model_runner.deliver = self.deliver
 
     def deliver(self) -> None:
         """Deliver the outputs that are held."""
         if self.held:
-            self.router.deliver_batch(self.held.copy())
+            self.real_router.deliver_batch(self.held.copy())
             self.held.clear()
 
     def prepare_next_batch(self) -> bool:
-        """Whether there is a step to launch."""
-        is_ready = super().prepare_next_batch()
-        if not is_ready:
+        """Whether there is a step to launch. If there is none, nothing else delivers."""
+        has_step = super().prepare_next_batch()
+        if not has_step:
             self.deliver()
-        return is_ready
+        return has_step
 
     def _generation_step(self, model: nn.Module) -> None:
         super()._generation_step(model)
         self.deliver()
 
     def update_batch(self) -> None:
-        """Wait for the last step, update its requests, and deliver and sleep, or not."""
+        """Wait for the last step and update its requests. Then deliver their outputs and
+        sleep, or hold the outputs until the next step is launched."""
         ios, idle = self.inputs_and_outputs, self.waited
         # `last` has ended or will soon; the GPU computes `this` now or next.
         last, this = ios.io_pairs[ios.current_pair], ios.io_pairs[1 - ios.current_pair]
@@ -1764,12 +1781,17 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
         self.idle_times[shape] = min(idle, 2 * self.idle_times[shape] + HOST_SECONDS)
         super().update_batch()
         idle = self.idle_times[this.device_io.shape]
-        self.waited = max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
-        if self.waited < len(self.held) * OUTPUT_SECONDS:
-            self.waited = 0.0
-        else:
+        self.waited, sleep = 0.0, max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
+        if sleep >= len(self.held) * OUTPUT_SECONDS:
             self.deliver()
+            self.waited = sleep
+        if self.waited:  # a sleep of 0 would give Python's lock away
             time.sleep(self.waited)
+
+    def fail_all_requests(self, error: Exception) -> None:
+        """The thread dies. Answers that are complete are delivered before that."""
+        self.deliver()
+        super().fail_all_requests(error)
 
 
 FLASH = "torch_flash_2"  # the library decodes from pages for names like ".*flash.*2"
@@ -1811,38 +1833,6 @@ def install_patches(device: torch.device) -> str:
 # ------------------------------------------------------------------------------
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, which finishes what it has admitted before it shuts down.
-
-    What happens on SIGTERM or Ctrl-C, in this order:
-    1. `handle_exit`: new requests get a 503, admitted ones go on. Still listening.
-    2. After --drain-timeout seconds the requests that are left get a 503, too.
-    3. `on_tick`, ten times a second, ends the main loop once none is left.
-    4. uvicorn's `shutdown`: the listener and, within 5 seconds, connections close.
-    5. `Engine.lifespan`: the generation thread stops.
-    6. `main` returns 0. uvicorn would raise the signal again if it stood in its
-       `_captured_signals`, so `handle_exit` does not put it there.
-    While the model loads, the process ends at once with 0; a second signal ends it at
-    once with 128 and the signal's number.
-    """
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        engine: Engine = self.config.app.state.engine
-        if engine.phase == "loading":
-            os._exit(0)
-        if engine.phase == "draining":  # the second signal
-            os._exit(128 + sig)
-        engine.phase = "draining"
-        logger.info("leaving: %d requests to finish", len(engine.admitted))
-        give_up = partial(engine.release_all, unavailable("the server is leaving"))
-        asyncio.get_running_loop().call_later(engine.settings.drain_timeout, give_up)
-
-    async def on_tick(self, counter: int) -> bool:
-        engine: Engine = self.config.app.state.engine
-        self.should_exit = engine.phase == "draining" and not engine.admitted
-        return await super().on_tick(counter)
-
-
 def follow(settings: Settings) -> int:
     """Run what process 0 of torchrun runs, until that ends. Returns the exit code."""
     engine = Engine(settings)
@@ -1867,8 +1857,7 @@ def main() -> int:
         return EXIT_WRONG_START
     app = create_app(settings)  # which sets the level of the log
     model_download.announce(settings)
-    config = uvicorn.Config(app, root_path=settings.root_path, **py_api.UVICORN_OPTIONS)
-    Server(config).run([listener])
+    py_api.serve(app, settings.root_path, listener)
     return 0
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What comes before serving: download the weights, check that they are all there and
-that this machine can serve them; and api.py's settings, log and socket.
+that this machine can serve them; and api.py's tokenizers, settings, log and socket.
 
     python model_download.py                        phi-4 (29 GB) from ModelScope
     python model_download.py --source huggingface   the same from Hugging Face
@@ -46,10 +46,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger("phi4")  # the server's, as in api.py
-
 # torch, transformers and the hubs' clients are imported where they are used, so that
 # --help and a start of api.py do not wait for them.
+
+logger = logging.getLogger("phi4")  # the server's, as in api.py
 
 ROOT = Path("models")
 MODELSCOPE_REPO = "LLM-Research/phi-4"
@@ -562,11 +562,12 @@ def unpack(weight: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
     return groups.flatten(1).bfloat16()
 
 
-# How the layers are split over several GPUs: as the library does, attention is computed
-# on each in full, with the whole cache. Its own plan would also gather the widest
-# activations.
-MLP = "model.layers.*.mlp."
-TP_PLAN = {f"{MLP}gate_up_proj": "packed_colwise", f"{MLP}down_proj": "rowwise"}
+# How the layers are split over several GPUs. Each computes all of attention and holds the
+# whole cache, as in the library's plan, which would also gather the widest activations.
+TP_PLAN = {
+    "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
 
 
 def quantization(settings: Any, linear: type) -> dict[str, Any]:
@@ -1046,6 +1047,11 @@ def bytes_of_tokens(model: Any, tokenizer: Any, ends: list[int]) -> list[bytes |
     return table
 
 
+# ------------------------------------------------------------------------------
+# Tokenizers
+# ------------------------------------------------------------------------------
+
+
 # What a long text is cut into: pieces of more than 4,096 characters, and the rest. A cut
 # is between an English or Chinese letter and a space, "，" or "。" that another such letter
 # follows. A word ends there, so no token spans the cut. A text without such places stays
@@ -1098,7 +1104,7 @@ def encode_in_pieces(tokenizer: Any) -> None:
 
 
 def load_tokenizers(folder: Path, count: int) -> list[Any]:
-    """Equal tokenizers of a folder, which encode in pieces."""
+    """`count` equal tokenizers of a folder, which encode long texts in pieces."""
     from transformers import AutoTokenizer
 
     first = AutoTokenizer.from_pretrained(folder)
@@ -1276,7 +1282,7 @@ def listen(host: str, port: int) -> socket.socket:
 DEMO_NOTE = "This is the small demo model SmolLM2-135M, not phi-4."
 
 
-def description(settings: Settings, name: str) -> str:
+def describe(settings: Settings, name: str) -> str:
     """What is served, in a sentence."""
     return DEMO_NOTE if settings.demo else f"Serving {name}."
 

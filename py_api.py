@@ -181,6 +181,7 @@ from urllib.parse import unquote, urlsplit
 
 import h11
 import pydantic
+import uvicorn
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -197,6 +198,7 @@ from model_download import (
     THINK,
     WORLD_SIZE,
     Defaults,
+    Settings,
     one_line,
     words,
 )
@@ -1586,10 +1588,10 @@ def observe(answer: Answer, ttft: float, decode: float) -> None:
         TPOT.observe(decode / later)
 
 
-def show_metrics(admitted: int, max_running: int, cache_usage: float) -> bytes:
+def show_metrics(admitted: int, settings: Settings, cache_usage: float) -> bytes:
     """In Prometheus's format. `admitted` is how many requests run or wait."""
-    RUNNING.set(min(admitted, max_running))
-    WAITING.set(max(admitted - max_running, 0))
+    RUNNING.set(min(admitted, settings.max_in_flight))
+    WAITING.set(max(admitted - settings.max_in_flight, 0))
     CACHE.set(cache_usage)
     return exposition.generate_latest()
 
@@ -1741,6 +1743,44 @@ UVICORN_OPTIONS: dict[str, Any] = {
     "timeout_keep_alive": CLIENT_SECONDS,
     "timeout_graceful_shutdown": 5,
 }
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which finishes what it has admitted before it shuts down.
+
+    What happens on SIGTERM or Ctrl-C, in this order:
+    1. `handle_exit`: new requests get a 503, admitted ones go on. Still listening.
+    2. After --drain-timeout seconds the requests that are left get a 503, too.
+    3. `on_tick`, ten times a second, ends the main loop once none is left.
+    4. uvicorn's `shutdown`: the listener and, within 5 seconds, connections close.
+    5. `Engine.lifespan`: the generation thread stops.
+    6. `main` returns 0. uvicorn would raise the signal again if it stood in its
+       `_captured_signals`, so `handle_exit` does not put it there.
+    While the model loads, the process ends at once with 0; a second signal ends it at
+    once with 128 and the signal's number.
+    """
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        engine: Any = self.config.app.state.engine  # an api.Engine
+        if engine.phase == "loading":
+            os._exit(0)
+        if engine.phase == "draining":  # the second signal
+            os._exit(128 + sig)
+        engine.phase = "draining"
+        logger.info("leaving: %d requests to finish", len(engine.admitted))
+        give_up = partial(engine.release_all, unavailable("the server is leaving"))
+        asyncio.get_running_loop().call_later(engine.settings.drain_timeout, give_up)
+
+    async def on_tick(self, counter: int) -> bool:
+        engine: Any = self.config.app.state.engine
+        self.should_exit = engine.phase == "draining" and not engine.admitted
+        return await super().on_tick(counter)
+
+
+def serve(app: ASGIApp, root_path: str, listener: socket.socket) -> None:
+    """Serve the application on a listening socket until a signal ends it."""
+    config = uvicorn.Config(app, root_path=root_path, **UVICORN_OPTIONS)
+    Server(config).run([listener])
 
 
 # ------------------------------------------------------------------------------

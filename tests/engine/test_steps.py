@@ -5,11 +5,9 @@ import copy
 from typing import Any
 
 import pytest
-import torch
 from overlap import Past
 from played_gpu import create_manager, generated, gpu_model, plain_model, results
 from server import wait_until
-from transformers.generation.continuous_batching import input_outputs
 
 import api
 
@@ -22,15 +20,18 @@ PROMPTS = [
     [7] * 100,
     list(range(20, 52)),  # two pages
 ]
+LONG = [*range(190, 3, -1), *range(3, 66)]
 
 
-class Compared:
-    """Has the library fill the buffers, too, and compares what it fills them with."""
+class BufferComparison:
+    """Has the library fill the buffers first, and compares what both fill them with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kinds: set[tuple[bool, bool, bool]] = set()  # of steps
+        self.new_prompts: list[int] = []
         ours = api.FlashIOs.prepare_batch_tensors
-        theirs = input_outputs.ContinuousBatchingIOs.prepare_batch_tensors
+        theirs = api.FlashIOs.__base__.prepare_batch_tensors
+        assert theirs is not ours
 
         def prepare(
             host: Any, requests: list[Any], processors: Any, *more: Any
@@ -41,16 +42,28 @@ class Compared:
             ]
             theirs(host, requests, processors, True, *more[1:])
             expected = self.filled(host), [vars(s).copy() for s in states]
+            total, longest = sum(host.total_seqlen_k.values()), host.max_length_q
+            # Blocks as the library would lay out the cache.
+            (allocator,) = host.cache.cache_allocators.values()
+            stride = allocator.block_physical_stride // allocator.tokens_per_page
+            pages = [[n // stride for n in row] for row in expected[0]["pages"]]
+            expected[0]["pages"] = pages
             for state, (offset, tokens) in zip(states, before, strict=True):
                 state.position_offset, state.tokens_to_process = offset, tokens
             host._bulk_input_tensor.fill_(-7)
-            host.num_q_tokens = host.total_seqlen_q = host.num_request_in_batch = -7
+            host.block_table.fill_(-7)
+            host.num_q_tokens = host.num_request_in_batch = -7
+            host.requests_in_batch = host.req_id_to_new_token_position = None
+            host.use_block_table = None
             ours(host, requests, processors, *more)
             found = self.filled(host), [vars(s).copy() for s in states]
             assert found == expected
             lengths = [each.query_length for each in requests]
-            cached = sum(offset for offset, _ in before) > 0
-            self.kinds.add((max(lengths) == 1, len(lengths) > 1, cached))
+            is_new = total == sum(lengths)
+            self.kinds.add((longest == 1, len(lengths) > 1, is_new))
+            new_prompts = len(lengths) * (is_new and more[1] > api.MAX_GRAPH_TOKENS)
+            self.new_prompts.append(new_prompts)
+            assert host.shape == api.StepShape(more[1], longest == 1, new_prompts)
 
         monkeypatch.setattr(api.FlashIOs, "prepare_batch_tensors", prepare)
 
@@ -71,17 +84,11 @@ class Compared:
             "cu_seqlens_k": ends_k[: rows + 1],
             "logits_indices": host.logits_indices[:rows],
         }
-        fields = (
-            "num_q_tokens",
-            "num_request_in_batch",
-            "total_seqlen_q",
-            "max_kv_read",
-        )
+        fields = ("num_q_tokens", "num_request_in_batch", "max_kv_read")
         fields += ("use_block_table", "req_id_to_new_token_position")
         return {
             **{name: tensor.tolist() for name, tensor in tensors.items()},
             **{name: copy.copy(getattr(host, name)) for name in fields},
-            "total_seqlen_k": dict(host.total_seqlen_k),
             "requests": list(map(id, host.requests_in_batch)),
             "pages": pages,
         }
@@ -90,31 +97,33 @@ class Compared:
 def test_the_buffers_are_filled_as_by_the_library(
     played_gpu: pytest.MonkeyPatch,
 ) -> None:
-    model = gpu_model(played_gpu)
-    manager = create_manager(model)
-    compared = Compared(played_gpu)
+    manager = create_manager(gpu_model(played_gpu))
+    compared = BufferComparison(played_gpu)
     manager.warmup()
+    compared.kinds.clear()
+    compared.new_prompts.clear()
     for i, prompt in enumerate(PROMPTS):
         manager.add_request(prompt, str(i), max_new_tokens=20 + i)
     manager.start()
     found = results(manager, set(map(str, range(len(PROMPTS)))))
+    # Alone: in two steps, both too large for a graph. The second has a cache.
+    manager.add_request(LONG, "long", max_new_tokens=20)
+    found |= results(manager, {"long"})
     manager.stop(block=True, timeout=30)
-    expected = generated(plain_model(), PROMPTS, 20)
-    assert [found[str(i)][:20] for i in range(len(PROMPTS))] == expected
-    # Steps that decode, of one row and of several; and with prompts, some of them begun.
-    decoding = {
-        (several, cached) for all_new, several, cached in compared.kinds if all_new
-    }
-    assert {(True, True), (False, True)} <= decoding
-    assert {(False, True, True), (False, True, False)} <= compared.kinds
+    expected = generated(plain_model(), [*PROMPTS, LONG], 20)
+    assert [tokens[:20] for _, tokens in sorted(found.items())] == expected
+    # Steps that decode, of one row and of several; with prompts, some of them begun.
+    kinds = {(True, True, False), (True, False, False), (False, True, False)}
+    assert kinds | {(False, True, True)} <= compared.kinds
+    assert 1 in compared.new_prompts
 
 
 @pytest.mark.parametrize(("seconds", "launched"), [(0, 2), (10, 3)])
 def test_outputs_come_when_the_next_step_is_launched(
     played_gpu: pytest.MonkeyPatch, seconds: float, launched: int
 ) -> None:
-    """Where the event loop needs longer for them than the thread sleeps; those of the last
-    step are delivered though none follows."""
+    """They are held if the event loop needs longer for them than the thread sleeps. Those
+    of the last step are delivered, though no step follows."""
     played_gpu.setattr(api, "OUTPUT_SECONDS", seconds)
     manager = create_manager(gpu_model(played_gpu))
     manager.warmup()
@@ -141,7 +150,83 @@ def test_outputs_come_when_the_next_step_is_launched(
 def test_few_outputs_are_delivered_before_the_sleep(
     played_gpu: pytest.MonkeyPatch,
 ) -> None:
-    played_gpu.setattr(torch, "Event", Past)
+    played_gpu.setattr(api, "HOST_SECONDS", 0.005)
+    played_gpu.setattr(api, "OUTPUT_SECONDS", 60e-6)
+    processor = a_processor(played_gpu)
+    done: list[Any] = []
+    router = processor.real_router
+    played_gpu.setattr(router, "deliver_batch", lambda outs: done.append(len(outs)))
+    played_gpu.setattr(api.time, "sleep", lambda seconds: done.append(seconds))
+    ios = processor.inputs_and_outputs
+    running = ios.io_pairs[1 - ios.current_pair].device_io
+    running.shape = api.StepShape(1, False, 7)  # no step had it
+
+    def update(idle: float, held: int) -> list[Any]:
+        done.clear()
+        processor.waited, processor.idle_times[running.shape] = 0.0, idle
+        processor.held.extend(range(held))
+        processor.update_batch()
+        return [*done, processor.waited]
+
+    assert update(0.02, 100) == pytest.approx([100, 0.01, 0.01])
+    assert update(0.02, 0) == pytest.approx([0.01, 0.01])
+    assert update(0.0, 0) == [0.0]  # sleeping for no time would give the GIL away
+    assert update(0.02, 300) == [0.0]
+    processor.deliver()
+    processor.deliver()  # there is nothing left
+    assert done == [300] and not processor.held
+
+
+def test_a_complete_answer_is_delivered_though_the_thread_dies(
+    played_gpu: pytest.MonkeyPatch,
+) -> None:
+    """It waits for the launch of the next step, which fails."""
+    played_gpu.setattr(api, "OUTPUT_SECONDS", 10)
+    manager = create_manager(gpu_model(played_gpu))
+    manager.warmup()
+    schedule = api.Scheduler.schedule_batch
+
+    def fail_behind_short(self: Any, *budgets: int) -> Any:
+        if "long" in self.active_requests and "short" not in self.active_requests:
+            raise RuntimeError("out of order")
+        return schedule(self, *budgets)
+
+    played_gpu.setattr(api.Scheduler, "schedule_batch", fail_behind_short)
+    delivered: dict[str, Any] = {}
+    for name, new_tokens in (("short", 6), ("long", 60)):
+        manager.add_request([5, 6, 7], name, max_new_tokens=new_tokens, streaming=True)
+    api.start_thread(
+        manager, lambda outs: delivered.update((one.request_id, one) for one in outs)
+    )
+    wait_until(lambda: "long" in delivered and delivered["long"].error)
+    assert len(delivered["short"].generated_tokens) == 6
+    assert delivered["short"].is_finished() and not delivered["short"].error
+    assert not manager.batch_processor or not manager.batch_processor.held
+
+
+def test_outputs_are_delivered_before_a_row_looks_back(
+    played_gpu: pytest.MonkeyPatch,
+) -> None:
+    """For that, the thread waits for the running step, and theirs is over."""
+    played_gpu.setattr(api, "OUTPUT_SECONDS", 10)
+    manager = create_manager(gpu_model(played_gpu))
+    manager.warmup()
+    held: list[int] = []  # whenever the thread waits
+    processor = manager.batch_processor
+    played_gpu.setattr(
+        Past, "synchronize", lambda _: held.append(len(processor.held)), raising=True
+    )
+    body = api.ChatRequest(prompt="x", frequency_penalty=1)
+    asked = {"sampling": api.Sampling(body, None)}
+    manager.add_request([5, 6, 7], "0", max_new_tokens=8, streaming=True, **asked)
+    manager.start()
+    results(manager, {"0"})
+    manager.stop(block=True, timeout=30)
+    assert len(held) > 8 and not any(held)
+
+
+def a_processor(played_gpu: pytest.MonkeyPatch) -> Any:
+    """Of a thread that has ended, behind an answer."""
     manager = create_manager(gpu_model(played_gpu))
     manager.warmup()
     manager.add_request([5, 6, 7], "0", max_new_tokens=8)
@@ -149,23 +234,4 @@ def test_few_outputs_are_delivered_before_the_sleep(
     results(manager, {"0"})
     processor = manager.batch_processor
     manager.stop(block=True, timeout=30)
-    delivered: list[int] = []
-    played_gpu.setattr(
-        processor.router,
-        "deliver_batch",
-        lambda outputs: delivered.append(len(outputs)),
-    )
-    ios = processor.inputs_and_outputs
-    running = ios.io_pairs[1 - ios.current_pair].device_io
-    running.shape = api.StepShape(1, False, 7)  # no step had it
-    processor.idle_times[running.shape] = 0.02  # so it would sleep for 10 ms
-    processor.held.extend(range(100))
-    processor.update_batch()
-    assert delivered == [100] and processor.waited == pytest.approx(0.01)
-    processor.idle_times[running.shape] = 0.02
-    processor.held.extend(range(300))
-    processor.update_batch()
-    assert delivered == [100] and processor.waited == 0
-    processor.deliver()
-    processor.deliver()  # there is nothing left
-    assert delivered == [100, 300] and not processor.held
+    return processor

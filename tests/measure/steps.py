@@ -55,7 +55,8 @@ def log_steps(target: Path) -> None:
         if cuda:
             events[1].record(ios.compute_stream)
             entry["padded"] = host.num_q_tokens
-            entry["keys"] = int(max(host.total_seqlen_k.values()))
+            (ends,) = host.cumulative_seqlens_k.values()
+            entry["keys"] = int(ends[len(lengths)])
         entry["launch"] = time.perf_counter() - launched
         steps.append(entry)
 

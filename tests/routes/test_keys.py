@@ -10,6 +10,7 @@ from net import free_port
 from server import forked, running, wait_until
 
 import api
+import py_api
 
 KEYS = "first-key, second-key"
 OPEN = "/", "/health", "/docs", "/openapi.json"
@@ -212,7 +213,7 @@ def test_the_real_log_has_one_line_for_a_request(tiny_folder):
 def test_an_open_port_is_warned_about(
     tiny_folder, monkeypatch, caplog, options, warned
 ):
-    monkeypatch.setattr(api.Server, "run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr(py_api.Server, "run", lambda self, sockets: sockets[0].close())
     command = ["api.py", "--model", str(tiny_folder), "--device", "cpu", *options]
     monkeypatch.setattr("sys.argv", [*command, "--port", str(free_port())])
     assert api.main() == 0
