@@ -1781,10 +1781,11 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
         self.idle_times[shape] = min(idle, 2 * self.idle_times[shape] + HOST_SECONDS)
         super().update_batch()
         idle = self.idle_times[this.device_io.shape]
-        self.waited, sleep = 0.0, max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
-        if sleep >= len(self.held) * OUTPUT_SECONDS:
+        sleep = max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
+        is_long = sleep >= len(self.held) * OUTPUT_SECONDS
+        self.waited = sleep if is_long else 0.0
+        if is_long:
             self.deliver()
-            self.waited = sleep
         if self.waited:  # a sleep of 0 would give Python's lock away
             time.sleep(self.waited)
 
