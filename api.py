@@ -1782,9 +1782,9 @@ class Processor(batching.continuous_api.ContinuousBatchProcessor):
         super().update_batch()
         idle = self.idle_times[this.device_io.shape]
         sleep = max(0, min(idle / 2, idle - HOST_SECONDS, 0.2))
-        is_long = sleep >= len(self.held) * OUTPUT_SECONDS
-        self.waited = sleep if is_long else 0.0
-        if is_long:
+        has_time = sleep >= len(self.held) * OUTPUT_SECONDS
+        self.waited = sleep if has_time else 0.0
+        if has_time:
             self.deliver()
         if self.waited:  # a sleep of 0 would give Python's lock away
             time.sleep(self.waited)

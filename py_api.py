@@ -1754,7 +1754,7 @@ class Server(uvicorn.Server):
     3. `on_tick`, ten times a second, ends the main loop once none is left.
     4. uvicorn's `shutdown`: the listener and, within 5 seconds, connections close.
     5. `Engine.lifespan`: the generation thread stops.
-    6. `main` returns 0. uvicorn would raise the signal again if it stood in its
+    6. `api.main` returns 0. uvicorn would raise the signal again if it stood in its
        `_captured_signals`, so `handle_exit` does not put it there.
     While the model loads, the process ends at once with 0; a second signal ends it at
     once with 128 and the signal's number.

@@ -23,6 +23,12 @@ PROMPTS = [
 LONG = [*range(190, 3, -1), *range(3, 66)]
 
 
+def warm_manager(played_gpu: pytest.MonkeyPatch) -> Any:
+    manager = create_manager(gpu_model(played_gpu))
+    manager.warmup()
+    return manager
+
+
 class BufferComparison:
     """Has the library fill the buffers first, and compares what both fill them with."""
 
@@ -97,11 +103,8 @@ class BufferComparison:
 def test_the_buffers_are_filled_as_by_the_library(
     played_gpu: pytest.MonkeyPatch,
 ) -> None:
-    manager = create_manager(gpu_model(played_gpu))
+    manager = warm_manager(played_gpu)
     compared = BufferComparison(played_gpu)
-    manager.warmup()
-    compared.kinds.clear()
-    compared.new_prompts.clear()
     for i, prompt in enumerate(PROMPTS):
         manager.add_request(prompt, str(i), max_new_tokens=20 + i)
     manager.start()
@@ -125,8 +128,7 @@ def test_outputs_come_when_the_next_step_is_launched(
     """They are held if the event loop needs longer for them than the thread sleeps. Those
     of the last step are delivered, though no step follows."""
     played_gpu.setattr(api, "OUTPUT_SECONDS", seconds)
-    manager = create_manager(gpu_model(played_gpu))
-    manager.warmup()
+    manager = warm_manager(played_gpu)
     steps: list[int] = []
     compute = api.FlashRunner.compute_batch
 
@@ -182,8 +184,7 @@ def test_a_complete_answer_is_delivered_though_the_thread_dies(
 ) -> None:
     """It waits for the launch of the next step, which fails."""
     played_gpu.setattr(api, "OUTPUT_SECONDS", 10)
-    manager = create_manager(gpu_model(played_gpu))
-    manager.warmup()
+    manager = warm_manager(played_gpu)
     schedule = api.Scheduler.schedule_batch
 
     def fail_behind_short(self: Any, *budgets: int) -> Any:
@@ -209,13 +210,10 @@ def test_outputs_are_delivered_before_a_row_looks_back(
 ) -> None:
     """For that, the thread waits for the running step, and theirs is over."""
     played_gpu.setattr(api, "OUTPUT_SECONDS", 10)
-    manager = create_manager(gpu_model(played_gpu))
-    manager.warmup()
+    manager = warm_manager(played_gpu)
     held: list[int] = []  # whenever the thread waits
     processor = manager.batch_processor
-    played_gpu.setattr(
-        Past, "synchronize", lambda _: held.append(len(processor.held)), raising=True
-    )
+    played_gpu.setattr(Past, "synchronize", lambda _: held.append(len(processor.held)))
     body = api.ChatRequest(prompt="x", frequency_penalty=1)
     asked = {"sampling": api.Sampling(body, None)}
     manager.add_request([5, 6, 7], "0", max_new_tokens=8, streaming=True, **asked)
@@ -227,8 +225,7 @@ def test_outputs_are_delivered_before_a_row_looks_back(
 
 def a_processor(played_gpu: pytest.MonkeyPatch) -> Any:
     """Of a thread that has ended, behind an answer."""
-    manager = create_manager(gpu_model(played_gpu))
-    manager.warmup()
+    manager = warm_manager(played_gpu)
     manager.add_request([5, 6, 7], "0", max_new_tokens=8)
     manager.start()
     results(manager, {"0"})
